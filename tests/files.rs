@@ -1,7 +1,7 @@
 //! Text forms, and behavior described by them.
 //!
-//! `tests/files/*/*.txt` are cases: a graph, what is done with it, and the graph, network or refusal that comes of it. The
-//! folder says what is done: `passes` rewrites, `lower` lowers, `infer` types and verifies, `parse` reads. A case looks like
+//! `tests/files/*/*.txt` are cases: a graph, an action, and the resulting graph, network or refusal. The folder selects
+//! the action: `passes` rewrites, `lower` lowers, `infer` types and verifies, `parse` reads. A case looks like
 //!
 //! ```text
 //! # What it shows.
@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --features tract --test files` writes the output that comes of each input, and the generated pages of docs/ (cli.md, models.md, operators.md,
-//! chat-templates.md, glossary.md); read the difference before you commit it.
+//! --features tract --test files` writes the actual output of each input, and the generated pages of docs/ (cli.md,
+//! models.md, operators.md, chat-templates.md, glossary.md); read the difference before you commit it.
 
 #[cfg(feature = "serve")]
 #[path = "files/cli_page.rs"]

@@ -1,4 +1,4 @@
-//! The front end on whole files: reading, types, the verifier, dumps, writing, and what it says about files it refuses.
+//! The front end on whole files: reading, types, the verifier, dumps, writing, and errors for refused files.
 
 #[path = "frontend/algebra.rs"]
 mod algebra;

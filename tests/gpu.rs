@@ -1,5 +1,5 @@
-//! What only a GPU can show. Ignored elsewhere: `scripts/gpu/host.sh run suite` runs them with `--ignored` where there is one.
-//! The layers' own meaning on TensorRT is tested by the binary `executor`, whose cases run there too.
+//! Tests that need a GPU. Ignored elsewhere: `scripts/gpu/host.sh run suite` runs them with `--ignored` on a machine
+//! with one. The semantics of layers on TensorRT are tested by the binary `executor`, whose cases run there too.
 #![cfg(feature = "engines")]
 
 #[path = "gpu/batch.rs"]
@@ -106,7 +106,7 @@ fn queued_copies_are_over_when_their_memory_is_used() {
             "round {round}"
         );
     }
-    // Host and device memory that go while copies of them are queued.
+    // Host and device memory that is freed while its copies are queued.
     let target = Buffer::new(cuda, N, "a test").unwrap();
     for _ in 0..4 {
         let mut host = Pinned::new(cuda, N).unwrap();

@@ -1,8 +1,8 @@
-//! Levels: a module uses the modules of lower levels and none above it.
+//! Levels: a module uses only modules of lower levels.
 //!
-//! The order is the table in the head of `src/lib.rs`, and nowhere else. This reads the sources, not the compiled crate: it
-//! looks at every path that begins with `crate`, `super` or `self`, in `use` and in expressions. Comments, strings and what
-//! is compiled for tests or documentation alone (`#[cfg(test)]`, `#[cfg(doc)]`) do not count.
+//! The order is defined only by the table in the head of `src/lib.rs`. This reads the sources, not the compiled crate:
+//! it checks every path that begins with `crate`, `super` or `self`, in `use` and in expressions. Comments, strings and
+//! code only for tests or documentation (`#[cfg(test)]`, `#[cfg(doc)]`) do not count.
 
 #[path = "levels/scan.rs"]
 mod scan;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use scan::{Paths, scan};
 
-/// The table's rows from bottom to top; modules of one row may not use each other.
+/// The table's rows from bottom to top; modules of one row must not use each other.
 struct Levels(Vec<Vec<String>>);
 
 impl Levels {
@@ -45,8 +45,7 @@ impl Levels {
         rows.flat_map(|(level, row)| row.iter().map(move |name| (level + 1, name.as_str())))
     }
 
-    /// The level of a path and the module of the table that it lies in. A folder of several (`backend`) counts as the highest
-    /// of them.
+    /// The level of a path, and its module in the table. A folder of several (`backend`) counts as the highest of them.
     fn of(&self, path: &[String]) -> Option<(usize, &str)> {
         let inside =
             |name: &str| name.split("::").zip(path).filter(|(a, b)| a == b).count() == name.split("::").count();
@@ -55,7 +54,7 @@ impl Levels {
         found.or_else(|| self.modules().filter(|(_, name)| around(name)).max())
     }
 
-    /// Why a file may not be as it is, one line each: `file:line: …`.
+    /// The violations in a file, one line each: `file:line: …`.
     fn violations(&self, file: &str, module: &[String], paths: &Paths) -> Vec<String> {
         let here = module.join("::");
         let Some((own_level, own)) = self.of(module) else {
@@ -65,7 +64,7 @@ impl Levels {
         };
         let mut found = Vec::new();
         for (line, path) in &paths.used {
-            // What is around a module, as in `pub(in crate::backend)`, is no other module.
+            // An enclosing module, as in `pub(in crate::backend)`, is not another module.
             if path.is_empty() || module.starts_with(path) {
                 continue;
             }
@@ -86,7 +85,7 @@ impl Levels {
     }
 }
 
-/// Every source file below a folder with the module it is.
+/// Every source file below a folder with its module.
 fn sources(folder: &Path, module: &[String], found: &mut Vec<(PathBuf, Vec<String>)>) {
     let mut entries: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     entries.sort();
@@ -140,7 +139,7 @@ fn no_module_uses_one_above_it() {
         }
     }
     assert!(violations.is_empty(), "{}", violations.join("\n"));
-    // The scanner saw what there is to see.
+    // The scanner found the expected number of paths.
     let seen: usize = scanned.iter().map(|(_, _, paths)| paths.used.len()).sum();
     assert!(
         scanned.len() > 200 && seen > 1000,
@@ -149,8 +148,8 @@ fn no_module_uses_one_above_it() {
     );
 }
 
-/// Where `mod name;` or `#[path = "name.rs"] mod tests;` in a file lies: beside a `mod.rs`, in the module's folder
-/// otherwise; a `path` is always beside the file.
+/// The file of `mod name;` or `#[path = "name.rs"] mod tests;`: beside a `mod.rs`, in the module's folder otherwise; a
+/// `path` is always beside the file.
 fn beside(file: &Path, module: &[String], name: &scan::TestFile) -> PathBuf {
     let folder = file.parent().unwrap();
     match name {

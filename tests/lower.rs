@@ -1,5 +1,5 @@
-//! The lowering: canonical graphs made by hand, lowered for every kind of profile, checked by the verifier, by snapshot
-//! and by execution against the graph's own meaning.
+//! The lowering: hand-written canonical graphs, lowered for every kind of profile, checked by the verifier, by
+//! snapshots and by execution against the graph's evaluation.
 
 #[path = "lower/case.rs"]
 mod case;

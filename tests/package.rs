@@ -1,4 +1,4 @@
-//! The package on disk: what is written can be read back, by us and by anything that reads safetensors.
+//! The package on disk: it can be read back, by Lapidary and by any safetensors reader.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -79,7 +79,7 @@ fn exports() -> Vec<String> {
     names
 }
 
-/// Passes make the interface; the manifest, the graph read back from ONNX and every network have the same.
+/// Passes create the interface; the manifest, the graph read back from ONNX and every network have the same one.
 #[test]
 fn every_level_has_the_same_interface() {
     for export in exports() {
@@ -162,7 +162,7 @@ fn what_was_written_is_read_back_without_a_copy() {
         package.check_hashes().unwrap();
         let graph = package.graph().unwrap();
 
-        // The manifest, the network and the graph call the weights the same and mean the same bytes.
+        // The manifest, the network and the graph use the same names for the same weights.
         let network = lower::lower(&graph, &Profile::decode(16), &lower::LowerOptions::default()).unwrap();
         assert!(!network.weights.is_empty());
         for weight in &network.weights {
@@ -187,7 +187,7 @@ fn what_was_written_is_read_back_without_a_copy() {
                 weight.name
             );
         }
-        // And the values are those of before.
+        // The values are unchanged.
         let after: Vec<Vec<f32>> = weights(&graph).into_values().collect();
         for (name, values) in weights(&canonical.graph) {
             assert!(after.contains(&values), "{export}: the values of {name} are gone");
@@ -202,7 +202,7 @@ fn equal_tensors_are_stored_once_and_the_file_is_aligned() {
     let mut canonical = canonical("llama-optimum");
     let names = |m: &Manifest| -> Vec<String> { m.weights.tensors.iter().map(|t| t.name.clone()).collect() };
     let names = names(&write(&folder.path().join("first"), false, &canonical).unwrap());
-    // The second norm scale becomes the first by another road: equal bytes, which nothing but their hash tells.
+    // The second norm scale becomes a copy of the first: only the hash shows that their bytes are equal.
     let scales: Vec<&String> = names.iter().filter(|n| n.ends_with(".scale")).collect();
     let id = |name: &str| canonical.graph.find(name).unwrap();
     let (one, two) = (id(scales[0]), id(scales[1]));

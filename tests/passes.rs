@@ -1,4 +1,4 @@
-//! The passes: exports become canonical and still compute the same; what is not understood is refused with reasons.
+//! The passes: exports become canonical and still compute the same; unsupported ones are refused with reasons.
 
 #[path = "passes/beyond.rs"]
 mod beyond;

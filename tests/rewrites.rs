@@ -1,5 +1,5 @@
-//! Passes on real exports: the rewritten graph computes what ONNX Runtime computed from the original, and what should have
-//! been recognized was. Passes on small graphs: every spelling, and what must stay.
+//! Passes on real exports: the rewritten graph gives ONNX Runtime's results for the original, and all expected patterns
+//! were recognized. Passes on small graphs: every spelling, and graphs that must not change.
 
 #[path = "rewrites/exports.rs"]
 mod exports;

@@ -1,5 +1,5 @@
-//! Real TensorRT-RTX builds, with no GPU and no driver. They need the library: `source scripts/setup.sh tensorrt`. Compiled
-//! for full TensorRT only what needs no library is run: nothing of it can be built without a GPU.
+//! Real TensorRT-RTX builds, with no GPU and no driver. They need the library: `source scripts/setup.sh tensorrt`.
+//! Compiled for full TensorRT, only tests without the library run, since it cannot build without a GPU.
 #![cfg(feature = "engines")]
 
 #[cfg(not(feature = "tensorrt"))]

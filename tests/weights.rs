@@ -1,4 +1,5 @@
-//! Weights by what they are, from anywhere, into packages: the library, and the program's `weights`, `strip` and `refit`.
+//! Weights matched by their role, from any source, into packages: the library, and the commands `weights`, `strip` and
+//! `refit`.
 
 #[path = "weights/bad.rs"]
 mod bad;

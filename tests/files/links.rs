@@ -1,4 +1,4 @@
-//! Links of the documentation lead somewhere: files, headings, and paths below docs/ that sources name.
+//! Links of the documentation are valid: files, headings, and paths below docs/ that sources name.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -46,7 +46,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// Anchors as GitHub and mdBook make them of headings.
+/// Anchors that GitHub and mdBook generate from headings.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.lines().filter(|line| line.starts_with('#'));
     let slug = |heading: &str| -> String {

@@ -24,7 +24,7 @@ of your own, and what does not work.
   passes prove what they rewrite, and other tests convert it and run it.
 ";
 
-/// The folders that tests run whole, with what is in them.
+/// The folders that tests run completely, with descriptions.
 const SETS: [(&str, &str); 3] = [
     ("exports", "Five families by every exporter"),
     ("families", "Other families"),
@@ -48,7 +48,7 @@ fn folders(set: &str) -> Vec<String> {
     names
 }
 
-/// Those whose answers are ONNX Runtime's: with their own reference, or one in the set's.
+/// Those with a reference from ONNX Runtime: their own, or one of the set.
 fn with_answers(set: &str) -> BTreeSet<String> {
     let of_set = std::fs::read_to_string(fixtures(set).join("reference.json")).unwrap_or_else(|_| "{}".into());
     let of_set: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&of_set).unwrap();
@@ -132,7 +132,7 @@ fn page() -> String {
     text
 }
 
-/// A reference names exports that are there, and the page has every export of the sets.
+/// References name existing exports, and the page has every export of the sets.
 #[test]
 fn the_page_is_what_the_tests_run() {
     for (set, _) in SETS {

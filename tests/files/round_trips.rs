@@ -1,4 +1,4 @@
-//! What is dumped is read back: graphs and networks of any operators, names and dims, and those of every fixture.
+//! Dumps are read back: graphs and networks of any operators, names and dims, and those of every fixture.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use lapidary::tensor::{self, DType};
 use proptest::prelude::*;
 use proptest::sample::select;
 
-/// What must be the same of two graphs, with names for values. Constants only by type: a dump leaves large ones out.
+/// The parts of two graphs that must be equal, with names for values. Constants only by type: a dump omits large ones.
 fn structure(graph: &Graph) -> Vec<String> {
     let name = |id: &Option<ValueId>| id.map(|id| graph.value(id).name.clone());
     let typed = |id: ValueId| {
@@ -34,7 +34,7 @@ fn structure(graph: &Graph) -> Vec<String> {
         for id in node.inputs.iter().flatten() {
             if let Some(constant) = graph.constant(*id) {
                 let shown = constant.materialize().ok().filter(|t| t.len() <= 8);
-                // NaN is not itself, so the text is compared.
+                // NaN is not equal to itself, so the text is compared.
                 lines.push(format!(
                     "{} {:?}",
                     typed(*id),
@@ -59,8 +59,8 @@ fn check_graph(graph: &Graph) -> Result<(), String> {
     }
 }
 
-/// What must be the same of two networks. Where the layers of weights stand is left to the parser, and names decide which
-/// tensor is meant.
+/// The parts of two networks that must be equal. The parser chooses the positions of weight layers, and names identify
+/// tensors.
 fn network_structure(network: &Network) -> Vec<String> {
     let name = |id: &TensorId| network.tensor(*id).name.clone();
     let mut lines: Vec<String> = Vec::new();
@@ -146,7 +146,7 @@ fn every_fixture_is_read_back() {
         let graph = canonical.graph;
         check("canonical", check_graph(&graph));
         let (identity, text) = (identity_text(&graph).to_string(), dump(&graph).to_string());
-        // No operator or number of a fixture is spelled in two ways: they differ in quotes alone.
+        // No operator or number of a fixture has two spellings: only quotes differ.
         let other = identity
             .lines()
             .zip(text.lines())
@@ -160,7 +160,7 @@ fn every_fixture_is_read_back() {
             logits: Logits::All,
             ..Profile::decode(16)
         };
-        // Lowering is what costs here: the forms of one profile each, which have every kind of layer between them.
+        // Lowering dominates the time, so there is one profile for each form; together they have every kind of layer.
         for (profile, options) in [
             (Profile::decode(16), LowerOptions::for_engines()),
             (dynamic, LowerOptions::default()),
@@ -175,7 +175,7 @@ fn every_fixture_is_read_back() {
     assert!(canonical_graphs >= 30, "only {canonical_graphs} canonical graphs");
 }
 
-/// Packages are compared by the hash of this text: these are the hashes that packages have had since the first version.
+/// Packages are compared by the hash of this text, so these hashes must not change between versions.
 #[test]
 fn the_text_that_packages_are_identified_by_stays() {
     for (export, hash) in HASHES {
@@ -273,7 +273,7 @@ fn dtype_bytes(dtype: DType) -> usize {
 
 /// Every operator of the table with its defaults, and those with attributes with any.
 fn any_op() -> impl Strategy<Value = Op> {
-    // NaN is not itself, and -0.0 is left out where 0.0 is the default.
+    // NaN is not equal to itself, and -0.0 is omitted if 0.0 is the default.
     let float = any::<f32>().prop_filter("a plain number", |v| !v.is_nan() && *v != 0.0);
     let positive = 1usize..9;
     let heads = prop::option::of(positive.clone());
@@ -335,9 +335,9 @@ type AnyOutput = (String, Option<DType>, Option<Vec<Dim>>);
 #[derive(Clone, Debug)]
 struct AnyNode {
     op: Op,
-    /// Which value each input is, counted back; `None`: left out.
+    /// The value of each input, counted backwards; `None`: omitted.
     inputs: Vec<Option<usize>>,
-    /// Name and type of each output; `None`: left out.
+    /// Name and type of each output; `None`: omitted.
     outputs: Vec<Option<AnyOutput>>,
     name: Option<String>,
 }
@@ -399,7 +399,7 @@ fn any_graph() -> impl Strategy<Value = Graph> {
             values.extend(outputs.into_iter().flatten());
         }
         graph.outputs = vec![*values.last().unwrap()];
-        // Constants that nothing reads are not in a dump.
+        // Unused constants are not in a dump.
         graph.outputs.extend(constants);
         graph
     })
@@ -571,7 +571,7 @@ fn any_network() -> impl Strategy<Value = Network> {
             let mut network = Network::new(name, profile);
             let mut taken: std::collections::HashSet<String> = std::collections::HashSet::new();
             let mut unique = |name: String| {
-                // The word that a rotary embedding ends with cannot be an input's name as well.
+                // The last word of a rotary embedding cannot also be an input's name.
                 let mut name = if name == "interleaved" {
                     "other".to_string()
                 } else {
@@ -655,7 +655,7 @@ proptest! {
         }
     }
 
-    /// A text of any kind is read or refused, with a place in it.
+    /// Any text is read, or refused with a location.
     #[test]
     fn no_text_is_too_odd(text in "(graph|network|inputs|nodes|outputs|  |x: f32|\\[|\\]|=|,|\"|\\\\|\n| |[ -~]){0,40}") {
         for error in [parse(&text).err(), network::parse(&text).err()].into_iter().flatten() {

@@ -1,4 +1,4 @@
-//! Finds the cases, runs each, and compares with what its file says.
+//! Finds the cases, runs each, and compares with the expected output in its file.
 //!
 //! | option | of | meaning |
 //! |---|---|---|
@@ -80,7 +80,7 @@ impl Case {
     }
 }
 
-/// A number from a name, so that equal names have equal made-up elements.
+/// A number from a name, so that equal names have equal synthetic elements.
 fn seed(name: &str) -> u64 {
     name.bytes().fold(7, |seed, byte| seed * 31 + u64::from(byte))
 }
@@ -90,7 +90,7 @@ fn graph_of(text: &str) -> Result<Graph, String> {
     parse_with(text, fill).map_err(|e| e.to_string())
 }
 
-/// Inputs made up for a graph, by name. Integers are small indices.
+/// Synthetic inputs for a graph, by name. Integers are small indices.
 fn inputs_of(graph: &Graph, sizes: &BTreeMap<Sym, i64>, seed: u64) -> HashMap<String, Tensor> {
     let mut inputs = HashMap::new();
     for (i, id) in graph.inputs.iter().enumerate() {
@@ -228,7 +228,7 @@ fn lowered(case: &Case) -> Result<String, String> {
     Ok(network.to_string())
 }
 
-/// The network computes on the CPU what the graph means.
+/// The network on the CPU computes the same as the graph.
 fn executes(graph: &Graph, network: &Network, sizes: &BTreeMap<Sym, i64>, tolerance: f64) -> Result<(), String> {
     let network = &bind_tokens(network, sizes[&Sym::tokens()] as usize).map_err(|e| e.to_string())?;
     for seed in [1, 2] {
@@ -286,7 +286,7 @@ fn inferred(input: &str) -> String {
     text
 }
 
-/// The first word of a text says whether it is a graph or a network.
+/// The first word of a text distinguishes graphs and networks.
 fn parsed(input: &str) -> String {
     let text = match input.starts_with("network") {
         true => network::parse(input).map(|network| network.to_string()),
@@ -365,7 +365,7 @@ fn every_file_gives_its_output() {
     assert!(count >= 30, "only {count} files were found");
 }
 
-/// A page of docs/ that is written from a table: it must be what the table gives, and `UPDATE_FILES=1` writes it.
+/// A page of docs/ that is generated from a table: it must be up to date, and `UPDATE_FILES=1` writes it.
 pub fn check_page(file: &str, page: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(file);
     if std::env::var_os("UPDATE_FILES").is_some() {

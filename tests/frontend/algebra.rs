@@ -1,4 +1,4 @@
-//! The algebra of symbolic dims, against arithmetic on the numbers they stand for.
+//! The algebra of symbolic dims, against arithmetic on concrete numbers.
 
 use std::collections::BTreeMap;
 

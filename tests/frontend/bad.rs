@@ -1,4 +1,4 @@
-//! What the front end says of files it must refuse: one clear message each, and never a panic.
+//! Errors of the front end for invalid files: one clear message each, and never a panic.
 
 use std::fmt::Write;
 use std::fs;
@@ -12,7 +12,7 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/bad")
 }
 
-/// The message of the first stage that refuses a model, with what to do, or none.
+/// The message of the first stage that refuses a model, with its help, or none.
 fn refusal(path: &Path) -> Option<String> {
     let mut graph = match onnx::read(path) {
         Ok(graph) => graph,
@@ -21,7 +21,7 @@ fn refusal(path: &Path) -> Option<String> {
             return Some(format!("{error}{help}"));
         }
     };
-    // The verifier's list of all obstacles says more than the first thing that inference stumbles over.
+    // The verifier's list of all obstacles says more than inference's first error.
     let inferred = infer(&mut graph);
     match (verify(&graph), inferred) {
         (Err(obstacles), Ok(_)) => Some(obstacles.to_string()),
@@ -43,7 +43,7 @@ fn each_bad_model_has_its_message() {
         let name = case.file_name().unwrap().to_string_lossy();
         let message = match refusal(&case.join("model.onnx")) {
             Some(message) => message.replace(&*folder().to_string_lossy(), "BAD"),
-            // Refused by the passes, which know what a language model is.
+            // Refused by the passes, which check that it is a language model.
             None => "(no fault of the file)".to_string(),
         };
         writeln!(text, "{name}\n  {}", message.replace('\n', "\n  ")).unwrap();

@@ -1,5 +1,5 @@
-//! Damaged files: whatever the bytes are, reading gives a graph or an error. A panic fails the test, and so does an
-//! allocation that the bytes do not justify, by ending the process.
+//! Damaged files: for any bytes, reading returns a graph or an error. A panic fails the test; an allocation far beyond
+//! the file's size ends the process.
 
 use std::fs;
 use std::path::Path;
@@ -9,14 +9,14 @@ use lapidary::onnx;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-/// Small exports of different makers; only the first one keeps its weights in the file.
+/// Small exports of different exporters; only the first has its weights in the file.
 const VICTIMS: [&str; 3] = [
     "fixtures/bad/good.onnx",
     "fixtures/exports/llama-ort-genai/model.onnx",
     "fixtures/exports/llama-mobius-static/model.onnx",
 ];
 
-/// One edit: a place (as a fraction of the length), and what happens there.
+/// One edit: a position (as a fraction of the length), and the change.
 #[derive(Clone, Debug)]
 enum Damage {
     Cut,
@@ -54,7 +54,7 @@ fn apply(bytes: &mut Vec<u8>, place: f64, damage: &Damage) {
     }
 }
 
-/// All that the front end does with a file, as far as it goes.
+/// All steps of the front end with a file, until the first error.
 fn go_through(path: &Path) {
     if let Ok(mut graph) = onnx::read(path) {
         let _ = onnx::exporter(&graph);
@@ -110,7 +110,7 @@ fn every_prefix_of_a_model_is_refused() {
     for length in (0..original.len()).step_by(7) {
         let path = folder.path().join(format!("{length}.onnx"));
         fs::write(&path, &original[..length]).unwrap();
-        // The graph comes last but for the opsets, without which nothing is read.
+        // Only the opsets come after the graph, and nothing is read without them.
         assert!(onnx::read(&path).is_err(), "the first {length} bytes pass for a model");
         fs::remove_file(&path).unwrap();
     }

@@ -1,4 +1,4 @@
-//! The text form of whole graphs, typed. A change here is a change of the reader, of inference or of the text form.
+//! The text form of whole graphs, typed. A change here means that the reader, inference or the text form changed.
 
 use std::path::Path;
 

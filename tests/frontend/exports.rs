@@ -1,5 +1,5 @@
-//! Every export under fixtures/exports is read, typed without a symbol that its inputs do not have, and survives being
-//! written and read again.
+//! Every export under fixtures/exports is read, typed with no symbols except those of its inputs, and unchanged after
+//! being written and read again.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn exports() -> Vec<(String, PathBuf)> {
     found
 }
 
-/// Runs a check on every export and tells all failures at once.
+/// Runs a check on every export and reports all failures together.
 fn for_each_export(check: impl Fn(&str, &Path) -> Result<(), String>) {
     let failed: Vec<String> = exports()
         .iter()
@@ -52,7 +52,7 @@ fn inference_learns_nothing_about_the_inputs_that_is_not_so() {
         for input in &before.inputs {
             let (old, new) = (before.shape(*input).unwrap(), after.shape(*input).unwrap());
             for (old, new) in old.iter().zip(new) {
-                // ORT-GenAI leaves the head size open, which its attention decides.
+                // ORT-GenAI leaves the head size open; its attention operator determines it.
                 let open = old.as_sym().is_some_and(|s| s.name() == "kv_cache_dim");
                 if old.as_const() != new.as_const() && !open {
                     return Err(format!("{:?}: {old} became {new}", before.value(*input).name));
@@ -155,6 +155,6 @@ fn a_model_without_its_weights_is_read_and_written_again() {
         .find_map(|c| c.materialize().err())
         .expect("some weight is absent");
     assert!(absent.help().unwrap().contains("lapidary refit"), "{absent}");
-    // Its bytes are elsewhere, so only a layout that places them lets it be written.
+    // Its bytes are outside, so it can only be written with a layout that places them.
     assert!(onnx::encode(&stripped, None).is_err());
 }

@@ -1,5 +1,5 @@
-//! Weights of the microscaling formats (MXFP8, MXFP4: codes in blocks of 32 with f8e8m0 scales) and of 2 bits, as opset 24 and 25
-//! spell them: what they mean, that they are written as they were, and what is refused.
+//! Weights of the microscaling formats (MXFP8, MXFP4: codes in blocks of 32 with f8e8m0 scales) and of 2 bits, as
+//! written in opsets 24 and 25: their values, unchanged writing, and refusals.
 
 use lapidary::graph::{Constant, Graph, infer};
 use lapidary::onnx::proto::TensorProto;
@@ -57,7 +57,7 @@ fn mx(code: i32, exponent: u32, mantissa: u32) -> Mx {
     let (depth, columns) = (96, 3);
     let bits = 1 + exponent + mantissa;
     let mask = (1u32 << bits) - 1;
-    // No NaN and no infinities, which fp8 has.
+    // No NaN and no infinities, unlike fp8.
     let finite = |code: u8| number(code, exponent, mantissa).abs() < 300.0;
     let all = (0u32..)
         .map(|i| ((i * 37 + i / 7) & mask) as u8)
@@ -109,7 +109,7 @@ fn blocks_with_powers_of_two_as_scales() {
         let found = run(&graph, Tensor::from_f32(vec![1, 96], &x));
         close(&found, &times(&x, &means), dtype.name());
 
-        // Written with the scales as they are, and read again.
+        // Written with unchanged scales, and read again.
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("written.onnx");
         infer(&mut graph).unwrap();

@@ -1,7 +1,7 @@
-//! Inference and the writer on the ONNX project's node tests: every operator, in every form the specification shows.
+//! Inference and the writer on the ONNX project's node tests: every operator, in every form of the specification.
 //!
-//! A case's inputs are put into its model as initializers. What inference says of types, and of the elements of small
-//! tensors, must be what the case's outputs are; and the node must survive being written and read again.
+//! A case's inputs become initializers of its model. The inferred types, and the inferred elements of small tensors,
+//! must equal those of the case's outputs, and the node must be unchanged after being written and read again.
 
 use std::fs;
 use std::path::Path;
@@ -40,7 +40,7 @@ fn typed(file: &Path) -> Result<Graph, String> {
     Ok(graph)
 }
 
-/// `Ok(false)`: an attribute that Lapidary does not take.
+/// `Ok(false)`: an unsupported attribute.
 fn check(case: &Path, scratch: &Path) -> Result<bool, String> {
     let file = scratch.join("model.onnx");
     fs::write(&file, with_data(case).encode_to_vec()).unwrap();

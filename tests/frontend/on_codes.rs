@@ -1,4 +1,4 @@
-//! Operators on codes, `QLinear..` and `QGemm`: each against its definition, and what is refused.
+//! Operators on codes, `QLinear..` and `QGemm`: each against its definition, and refusals.
 
 use lapidary::graph::Graph;
 use lapidary::onnx::proto::{NodeProto, TensorProto};
@@ -14,7 +14,7 @@ fn x() -> Vec<f32> {
     (0..8).map(|i| (i as f32 - 3.3) * 0.37).collect()
 }
 
-/// The numbers that the nearest codes of u8 stand for.
+/// The values of the nearest u8 codes.
 fn rounded(values: &[f64], (scale, zero): (f64, f64)) -> Vec<f64> {
     let scale = f64::from(scale as f32);
     let near = |v: &f64| ((v / scale).round_ties_even() + zero).clamp(0.0, 255.0) - zero;
@@ -205,7 +205,7 @@ fn operators_on_codes_that_are_malformed_or_not_known() {
         text.contains("its bias has the shape [3], and b has 4 scales"),
         "{text}"
     );
-    // Before opset 13 a softmax joined axes; others are named as they are.
+    // Before opset 13 a softmax merged axes.
     let alone = ["a", "xs", "xz", "ys", "yz"];
     for (operator, name) in [
         (

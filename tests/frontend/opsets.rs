@@ -1,4 +1,4 @@
-//! What opsets before 14 say otherwise than later ones, each by its own formula.
+//! Differences of opsets before 14 from later ones, each against its own formula.
 
 use std::collections::HashMap;
 

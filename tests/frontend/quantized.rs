@@ -1,4 +1,4 @@
-//! Quantized operators of exporters: what each form means, by its own formula, and what is refused.
+//! Quantized operators of exporters: each form against its own formula, and refusals.
 
 use std::collections::HashMap;
 
@@ -79,7 +79,7 @@ pub fn read(x: (i32, &[i64]), nodes: Vec<NodeProto>, initializers: Vec<TensorPro
     read_at(21, x, nodes, initializers)
 }
 
-/// The same of an opset.
+/// The same for an opset.
 pub fn read_at(
     version: i64,
     x: (i32, &[i64]),
@@ -286,7 +286,7 @@ fn a_depth_that_blocks_do_not_divide() {
     }
 }
 
-/// Columns that belong to groups in any order, as GPTQ's act-order leaves them.
+/// Columns that belong to groups in any order, as with GPTQ's act-order.
 #[test]
 fn groups_in_any_order() {
     let even: Vec<usize> = (0..64).map(|k| (k * 3) % 4).collect();
@@ -302,7 +302,7 @@ fn groups_in_any_order() {
         .node_ids()
         .filter(|id| matches!(graph.node(*id).op, Op::Gather { .. }));
     assert_eq!(gathers.count(), 0, "groups in order need no other order of columns");
-    // The last group is short where blocks do not divide the depth; another is not.
+    // Only the last group is short if blocks do not divide the depth.
     let short: Vec<usize> = (0..40).map(|k| (k * 3) % 40 / 16).collect();
     let case = NBits::of(40, 4, 16, 4, false, Some(&short));
     let x = row(40);
@@ -389,7 +389,7 @@ fn codes_from_a_table_of_bitsandbytes() {
             "bnb4",
         );
 
-        // And again through a file of ours, which has blocks on the last axis alone.
+        // And again through a file written by Lapidary, which has blocks only on the last axis.
         let mut turned = graph.clone();
         let product = turned.node_ids().next().unwrap();
         let weight = turned.node(product).input(1).unwrap();
@@ -522,7 +522,7 @@ fn products_of_codes_in_one_operator() {
         vec![
             raw("codes", INT8, &[8, 4], codes.clone()),
             floats("scales", &[4], &scales),
-            // One for all columns, though each has its own scale.
+            // One zero point for all columns, although each has its own scale.
             raw("zero", INT8, &[], vec![-3i8 as u8]),
             floats("bias", &[4], &bias),
         ]
@@ -605,7 +605,7 @@ fn products_of_codes_in_one_operator() {
     assert!(expected.iter().any(|v| *v != 0.0), "{expected:?}");
     close(&run(&graph, row()), &expected, "QLinearMatMul");
 
-    // Scales that do not belong to the codes are named.
+    // Errors name scales that do not match the codes.
     let mut wrong = initializers;
     wrong[5] = floats("scale", &[3], &[0.1; 3]);
     let message = read((FLOAT, &[1, 8]), three, wrong).unwrap_err().to_string();
@@ -678,7 +678,7 @@ fn operators_of_tensorrt() {
     close(&found, &times(&x, &weight), "fp8");
 }
 
-/// Each names its node and what is wrong.
+/// Each error names its node and the problem.
 #[test]
 fn what_does_not_belong_together_is_refused() {
     let good = || NBits::of(64, 4, 16, 4, true, None);

@@ -1,4 +1,4 @@
-//! Several sequences on the GPU: each gets, bit for bit, what it gets alone, and what the CPU gives but for rounding.
+//! Several sequences on the GPU: each is bit-identical to a run alone, and equal to the CPU up to rounding.
 
 use std::path::Path;
 
@@ -46,8 +46,8 @@ fn decoder(package: &Package, device: DeviceChoice, sequences: usize) -> BatchDe
 /// Tokens, and the logits that each was drawn from.
 type Given = Vec<(u32, Vec<f32>)>;
 
-/// The best tokens after each prompt, `tokens[i]` of prompt i. Prompt i joins before step `i * apart`. Tokens of `forced` are fed
-/// in place of the best, so that runs that round otherwise can be compared.
+/// The best tokens after each prompt, `tokens[i]` of prompt i. Prompt i joins before step `i * apart`. Tokens of
+/// `forced` are fed instead of the best ones, so that runs with different rounding can be compared.
 fn run(
     batch: &mut BatchDecoder,
     prompts: &[Vec<u32>],
@@ -104,7 +104,7 @@ fn same_bits(a: &Given, b: &Given) -> bool {
 #[test]
 #[ignore = "needs a GPU"]
 fn sequences_on_the_gpu_get_what_they_get_alone() {
-    // The last has layer norms, which are TensorRT's: its sequences take turns.
+    // The last has layer norms, which TensorRT computes: its sequences take turns.
     for (export, batch) in [
         ("exports/llama-optimum", &[2, 4, 8, 16][..]),
         ("exports/qwen3-optimum", &[3, 16]),

@@ -1,10 +1,10 @@
-//! Rust source to the paths that it uses: enough of the language to find them, and no more.
+//! Finds the paths used in Rust source, with only as much of the language as that needs.
 
 /// What a file uses of its crate.
 pub struct Paths {
     /// Line, and the path from the crate's root. A `use` of a group counts once for each of its leaves.
     pub used: Vec<(usize, Vec<String>)>,
-    /// Modules in files of their own that are compiled for tests alone.
+    /// Modules in their own files that are compiled only for tests.
     pub test_files: Vec<TestFile>,
 }
 
@@ -62,7 +62,7 @@ impl Walk {
         self.peek(ahead) == Some(&Token::Mark(mark))
     }
 
-    /// Everything up to the brace that closes what is around, or to the end.
+    /// Everything up to the closing brace of the current block, or to the end.
     fn items(&mut self, module: &mut Vec<String>) {
         while self.at < self.tokens.len() {
             if self.is(0, '}') {
@@ -194,7 +194,7 @@ impl Walk {
     }
 }
 
-/// The tokens of a source with their lines; comments are left out.
+/// The tokens of a source with their lines, without comments.
 fn tokens(source: &str) -> Vec<(usize, Token)> {
     let chars: Vec<char> = source.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
@@ -275,7 +275,7 @@ fn tokens(source: &str) -> Vec<(usize, Token)> {
     out
 }
 
-/// Where the quote of a raw string that begins at `i` is, and how many `#` it has.
+/// The position of the quote of a raw string that begins at `i`, and its number of `#`.
 fn raw_hashes(chars: &[char], i: usize) -> Option<(usize, usize)> {
     let mut at = i + usize::from(chars[i] == 'b');
     if chars.get(at) != Some(&'r') {

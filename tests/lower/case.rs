@@ -58,7 +58,7 @@ impl Case {
         self.graph.add_constant("weight", tensor)
     }
 
-    /// The node's outputs, lowered and interpreted, equal what the evaluator gives.
+    /// The node's outputs, lowered and interpreted, equal the evaluator's.
     pub fn node(mut self, op: Op, inputs: &[ValueId], outputs: usize) {
         let text = format!("{op:?}");
         let outputs: Vec<ValueId> = (0..outputs).map(|i| self.graph.add_value(&format!("out{i}"))).collect();

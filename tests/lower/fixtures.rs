@@ -85,7 +85,7 @@ fn plans(prompt: usize) -> Vec<Plan> {
     ]
 }
 
-/// Feeds `tokens` after `past` others and gives the last one's logits.
+/// Feeds `tokens` after `past` others and returns the last one's logits.
 fn step(
     graph: &Graph,
     plan: &Plan,

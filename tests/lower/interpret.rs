@@ -1,7 +1,7 @@
 //! Runs a network through the graph's evaluator: each layer as the ONNX operators that TensorRT documents it by.
 //!
-//! Slow, and independent of both back ends: what the lowering did is judged by the same semantics as the graph it came
-//! from, even where the CPU executor would share a misunderstanding with it.
+//! Slow, but independent of both back ends: the lowering is checked with the semantics of the original graph, even if
+//! the CPU executor shares an error with the lowering.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Networks with layers of our own: every fixture in 16 bits decodes to the same logits with them and without, and how much
-//! of each they cover.
+//! Networks with Lapidary's own layers: every fixture in 16 bits decodes to the same logits with and without them, and
+//! the number of layers that they cover.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ fn exports() -> Vec<PathBuf> {
         .flatten()
         .map(|entry| entry.unwrap().path())
         .collect();
-    // Of families that every exporter has, two.
+    // Two exports of families that every exporter has.
     let others = ["dynamo-dynamiccache", "static", "dynamo-opset18", "mobius", "fp16"];
     found.retain(|folder| {
         let name = folder.to_string_lossy();
@@ -70,7 +70,7 @@ fn step(graph: &Graph, options: &LowerOptions, caches: &mut Option<KvCaches>, pa
     logits
 }
 
-/// The logits of every step after the prompt, which is computed without kernels in any case.
+/// The logits of every step after the prompt, which is always computed without kernels.
 fn decoded(graph: &Graph, options: &LowerOptions) -> Vec<Vec<f32>> {
     let mut caches = None;
     step(graph, &LowerOptions::default(), &mut caches, 0, &PROMPT);
@@ -80,7 +80,7 @@ fn decoded(graph: &Graph, options: &LowerOptions) -> Vec<Vec<f32>> {
         .collect()
 }
 
-/// How many layers there are of each kind that matters here.
+/// Number of layers of each relevant kind.
 fn count(network: &Network) -> BTreeMap<&'static str, usize> {
     let mut counts = BTreeMap::new();
     for layer in &network.layers {
@@ -195,7 +195,7 @@ fn step_of_batch(graph: &Graph, sequences: &[usize]) -> (Network, Vec<Vec<f32>>)
     (decode, logits)
 }
 
-/// What a batch engine is built from: kernels for all products and attentions, and sequences that do not touch each other.
+/// The network of a batch engine: kernels for all products and attentions, and independent sequences.
 #[test]
 fn sequences_of_a_batch_get_what_they_get_alone() {
     for name in ["llama-optimum", "qwen3-optimum", "gpt2-optimum"] {
@@ -215,7 +215,7 @@ fn sequences_of_a_batch_get_what_they_get_alone() {
             let worst = worst(std::slice::from_ref(logits), &alone);
             assert!(worst < 2e-3, "{name} {sequence}: {worst:e}");
         }
-        // Layer norms are TensorRT's, which may order their sums by the number of rows.
+        // TensorRT computes layer norms, and may order their sums by the number of rows.
         let across = network.layer_across_sequences().map(|layer| layer.kind.name());
         match name {
             "gpt2-optimum" => assert!(across.is_some()),

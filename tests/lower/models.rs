@@ -1,4 +1,4 @@
-//! Canonical graphs with random weights, the calls that are made on them, and what they mean by `graph::eval`.
+//! Canonical graphs with random weights, calls of them, and their results by `graph::eval`.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -44,7 +44,7 @@ pub fn decoder(config: &Decoder) -> Graph {
     config.graph_with(|_, dtype, shape| Constant::tensor(random.tensor(dtype, &shape)))
 }
 
-/// Decoders that differ in what a lowering must get right.
+/// Decoders that cover the cases of a lowering.
 pub fn decoders() -> Vec<(&'static str, Decoder)> {
     let tiny = Decoder::tiny;
     vec![
@@ -212,7 +212,7 @@ pub fn gpt2() -> Graph {
     g
 }
 
-/// One call of a model: values by input name. i64 as the graph wants them; the network's i32 are made of these.
+/// One call of a model: values by input name. i64 as in the graph; converted to i32 for the network.
 pub type Call = BTreeMap<String, Tensor>;
 
 /// `tokens` tokens a row after `past` ones (row `b` has `past - b`, so that rows differ), in caches full of noise.

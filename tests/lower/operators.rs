@@ -1,4 +1,4 @@
-//! Single operators that canonical graphs may hold beside the fused ones, and the fused ones by themselves.
+//! Single operators that canonical graphs may have besides the fused ones, and the fused ones alone.
 
 use lapidary::graph::op::{
     Attention, Binary, ChosenWeights, ExpertActivation, Experts, Op, Reduction, RouterScores, Routing, Unary,
@@ -382,11 +382,11 @@ fn attentions() {
     }
 }
 
-/// Operators of the canonical graph that stand only inside masks, rotary tables and caches, which the passes replace.
+/// Operators of the canonical graph that occur only inside masks, rotary tables and caches, which the passes replace.
 const INSIDE_PATTERNS: [&str; 4] = ["CumSum", "GatherElements", "GatherND", "Trilu"];
 
-/// `lower`'s files match on the operators of their family with a fallback, so the compiler does not list what a new operator
-/// still lacks. This test does.
+/// `lower`'s files match on the operators of their family with a fallback, so the compiler does not report a new
+/// operator without a lowering. This test does.
 #[test]
 fn every_canonical_operator_has_a_lowering() {
     let mut missing = Vec::new();

@@ -47,7 +47,7 @@ fn interfaces_that_are_not_canonical() {
     let mut graph = Decoder::tiny().graph();
     graph.outputs.remove(0);
     assert_eq!(missing(graph.canonical_interface().unwrap_err()), Role::Logits);
-    // An input that the interface does not know is not bound.
+    // An input that is not in the interface is not bound.
     let mut graph = Decoder::tiny().graph();
     graph.add_input("attention_mask", DType::I64, dims(&[1, 16]));
     let errors = graph.canonical_interface().unwrap_err();
@@ -57,7 +57,7 @@ fn interfaces_that_are_not_canonical() {
     );
 }
 
-/// A batch that the export fixed cannot become another.
+/// A batch fixed by the export cannot change.
 #[test]
 fn a_fixed_batch_stays() {
     let mut graph = Decoder::tiny().graph();

@@ -1,4 +1,4 @@
-//! The lowered network computes what the canonical graph means: every model, profile and choice.
+//! The lowered network computes the same as the canonical graph: every model, profile and choice.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::rounded::rounded;
 
 const CAPACITY: usize = 12;
 
-/// The call as the network takes it: i32, and the rows that get logits.
+/// The call in the network's form: i32, and the rows that get logits.
 fn network_inputs(call: &Call, network: &Network, rows: &[i32]) -> BTreeMap<String, Tensor> {
     let narrow = |t: &Tensor| match t.dtype() {
         DType::I64 => {
@@ -55,12 +55,12 @@ fn tolerance(graph: &Graph) -> f32 {
     }
 }
 
-/// A call, and what the graph makes of it.
+/// A call, and the graph's results.
 struct Prepared {
     past: usize,
     tokens: usize,
     call: Call,
-    /// Whose logits the network gives, one of each batch row.
+    /// The rows with logits, one per batch row.
     rows: Vec<i32>,
     expected: BTreeMap<String, Tensor>,
 }
@@ -185,7 +185,7 @@ fn every_choice(model: &str) {
                     weight_mode: WeightMode::Embed,
                     ..LowerOptions::default()
                 };
-                // The choices that matter less, all one way and all the other.
+                // The less important choices, as given and all changed.
                 let others = LowerOptions {
                     reduce_depth: Some(16),
                     fuse_pairs: false,
@@ -204,7 +204,7 @@ fn every_choice(model: &str) {
     }
 }
 
-// A model a test, so that they run side by side.
+// One test per model, so that they run in parallel.
 #[test]
 fn every_choice_with_grouped_heads() {
     every_choice("grouped");

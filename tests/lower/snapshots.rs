@@ -1,4 +1,4 @@
-//! What the lowering gives, as text: one layer of each model, in the profiles that differ.
+//! The lowering's output as text: one layer of each model, in the profiles that differ.
 
 use lapidary::dim::{Dim, Sym};
 use lapidary::lower::synthetic::Decoder;

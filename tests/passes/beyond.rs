@@ -1,5 +1,5 @@
-//! What shows only at lengths beyond a small trial: windows in tables, blocks and chunks, rotary tables and scales that
-//! switch, caches that forget. Recognized for what it is, or refused with a name; and dims that an export fixed.
+//! Behavior that appears only at lengths beyond a small trial: windows in tables, blocks and chunks, rotary tables and
+//! scales that switch, caches that drop tokens. Each is recognized, or refused by name. Also dims fixed by an export.
 
 use lapidary::dim::Dim;
 use lapidary::graph::eval::Evaluator;
@@ -62,7 +62,7 @@ fn grid(graph: &mut Graph, counts: &Counts) -> (ValueId, ValueId) {
     (query, key)
 }
 
-/// Hides, in these layers, what `condition` says is not to be kept.
+/// Hides, in these layers, the positions that do not satisfy `condition`.
 fn hide(graph: &mut Graph, layers: &[usize], condition: ValueId) {
     let zero = graph.add_constant("hide.zero", Tensor::from_f32(vec![], &[0.0]));
     let fill = graph.add_constant("hide.fill", Tensor::from_f32(vec![], &[f32::MIN]));
@@ -185,7 +185,7 @@ fn a_table_of_each_head_is_refused() {
     );
 }
 
-/// Chunks and windows of blocks are made of two numbers, neither of which is the length at which they begin to matter.
+/// Chunks and windows of blocks have two parameters, and neither is the length from which they have an effect.
 #[test]
 fn chunks_and_blocks_are_refused() {
     for (block, blocks) in [(100, 1), (16, 8)] {
@@ -221,7 +221,7 @@ fn a_window_of_arithmetic_is_found_whatever_it_is_made_of() {
     assert_eq!(architecture(graph, POSITIONS).windows, [None, Some(128)]);
 }
 
-/// Puts `angle * factor` in the place of the angles, where `factor` is one number that the total length decides.
+/// Replaces the angles by `angle * factor`, where `factor` is one number that depends on the total length.
 fn switch_rotation(graph: &mut Graph, above: i64) {
     let counts = counts(graph);
     let limit = i64s(graph, "limit", &[above]);
@@ -251,7 +251,7 @@ fn a_rotation_that_switches_with_the_length_has_two_tables() {
     for above in [60, 128, 500] {
         assert_eq!(longest_short_run(above, POSITIONS), Some(above as usize));
     }
-    // Within the capacity that was asked for, the export has one.
+    // Within the requested capacity, the export has one table.
     assert_eq!(longest_short_run(128, 128), None);
 }
 
@@ -279,7 +279,7 @@ fn a_rotation_that_switches_computes_what_the_export_does() {
             assert!(worst < 1e-4, "{count} tokens, the first {first} alone: {worst:e}");
         }
     }
-    // As short runs, the same tokens are something else.
+    // In short runs, the same tokens give other results.
     let mut decoder = Decoder::new(&canonical.graph, 1, 64);
     decoder.part_of_run(&[tokens[..20].to_vec()], 20);
     let logits = decoder.part_of_run(&[tokens[20..40].to_vec()], 40).remove(0);
@@ -395,7 +395,7 @@ fn masks_that_the_caller_fills_are_taken_for_causal_only_if_there_is_one() {
         architecture(with_masks(["given_mask", "given_mask"]), 64).windows,
         [None, None]
     );
-    // One layer reads it, the other has the mask of the graph.
+    // One layer reads it; the other has the graph's mask.
     let mut mixed = export("llama-dynamo-opset18");
     let batch = mixed.shape(mixed.find("input_ids").unwrap()).unwrap()[0].clone();
     let shape = vec![batch, Dim::from(1usize), Dim::named("s"), Dim::named("total")];
@@ -459,7 +459,7 @@ fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
             "export with dynamic axes",
         ],
     );
-    // Anything may follow from a batch of 1, wherever it is said.
+    // A batch of 1 may have any effect, wherever it is set.
     for only in ["", "past_key_values.0.key"] {
         let mut graph = export("llama-optimum");
         for id in graph.inputs.clone() {
@@ -473,8 +473,8 @@ fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
     }
 }
 
-/// What exporters call the dims of inputs need not be so: optimum 1.23 labels the mask `past_sequence_length + 1`, others
-/// call all dims by one name.
+/// Exporters' labels of input dims can be wrong: optimum 1.23 labels the mask `past_sequence_length + 1`, others give
+/// all dims one name.
 #[test]
 fn names_of_dims_are_not_taken_at_their_word() {
     let mut graph = export("llama-optimum");
@@ -492,7 +492,7 @@ fn names_of_dims_are_not_taken_at_their_word() {
     assert_eq!((labeled.batch, labeled.windows), (None, vec![None, None]));
 }
 
-/// Of an encoder's decoder there is one thing to say, and not one for each layer.
+/// For the decoder of an encoder-decoder model there is one message, not one per layer.
 #[test]
 fn the_decoder_of_an_encoder_is_refused_in_one_line() {
     let mut graph = export("llama-dynamo-opset18");
@@ -534,7 +534,7 @@ fn a_table_behind_any_operator_bounds_positions() {
     }
 }
 
-/// The longer proof changes nothing of what was right.
+/// The longer proof does not change correct results.
 #[test]
 fn every_fixture_is_proven_to_its_end() {
     assert!(exports().len() > 40 || std::env::var_os("LAPIDARY_EXPORT").is_some());

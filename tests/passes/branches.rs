@@ -110,7 +110,7 @@ fn named(name: &str) -> ValueInfoProto {
     }
 }
 
-/// What a merge does to its two decoders.
+/// Variants of a merge of two decoders.
 #[derive(Clone, Copy)]
 struct Merge {
     /// Rank of the switching input.
@@ -440,10 +440,10 @@ fn a_constant_condition_chooses_its_branch() {
         output: vec![named("inner")],
         ..GraphProto::default()
     };
-    // Computed by nodes that come later in the list.
+    // Computed by later nodes in the list.
     let mut late = by_shape("q_proj", 0, 16);
     late.late = std::mem::take(&mut late.nodes);
-    // A branch that gives a value from around it, and one that gives its own constant.
+    // A branch that returns an outer value, and one that returns its own constant.
     let mut passed = case().constant("condition", BOOL, &[], &[1]);
     passed.then = GraphProto {
         output: vec![named("ao")],
@@ -534,7 +534,7 @@ fn what_is_wrong_with_an_if_is_named() {
     );
 }
 
-/// Neither proven nor guessed: the operator stays, with the reason.
+/// If it cannot be proved, the operator stays, with the reason.
 #[test]
 fn conditions_that_are_not_constant_are_refused() {
     let open = |nodes: Vec<NodeProto>, parts: &[&str]| {

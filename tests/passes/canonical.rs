@@ -50,7 +50,7 @@ impl Export {
     pub fn read(&self) -> Graph {
         lapidary::onnx::read(&self.path).unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
-    /// The window of the graph, which some exporters drop.
+    /// The window of the graph; some exporters drop it.
     pub fn window(&self) -> Option<usize> {
         let dropped = matches!(
             self.reference.exporter.as_str(),
@@ -174,10 +174,10 @@ fn architectures_are_read_off_the_graph() {
                 found.head_dim == model.head_dim && found.value_dim == model.head_dim,
             ),
             ("hidden", found.hidden == Some(model.hidden)),
-            // As fixtures/exports/README.md says of all of them.
+            // See fixtures/exports/README.md.
             ("intermediate", found.intermediate == Some(48)),
             ("vocabulary", found.vocabulary == Some(model.vocabulary)),
-            // Some models slide in a part of their layers only.
+            // Some models have a sliding window in only some of their layers.
             (
                 "windows",
                 found.windows.iter().all(|w| w.is_none() || *w == export.window()),

@@ -1,4 +1,4 @@
-//! Exports that keep some tokens before their head or after it: all tokens get logits, or the choice is named.
+//! Exports that select tokens before or after their head: all tokens get logits, or the selection is refused by name.
 
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Binary, Op, Reduction, Unary};

@@ -1,4 +1,4 @@
-//! Runs a canonical graph in the evaluator, as a session would: static caches, positions, chunks of a prompt.
+//! Runs a canonical graph in the evaluator, like a session: static caches, positions, chunks of a prompt.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ pub struct Decoder<'g> {
 }
 
 impl<'g> Decoder<'g> {
-    /// Caches start full of noise: slots beyond the live ones may hold anything finite.
+    /// Caches start full of noise: unused slots may have any finite value.
     pub fn new(graph: &'g Graph, batch: usize, capacity: usize) -> Self {
         let mut caches = HashMap::new();
         let interface = graph.interface.as_ref().expect("a canonical graph has one");
@@ -46,13 +46,13 @@ impl<'g> Decoder<'g> {
         }
     }
 
-    /// Feeds as many tokens to each sequence; gives the logits of the last of each.
+    /// Feeds an equal number of tokens to each sequence; returns the logits of the last of each.
     pub fn step(&mut self, rows: &[Vec<i64>]) -> Vec<Vec<f64>> {
         let end = self.past.iter().max().expect("there is a sequence") + rows[0].len();
         self.part_of_run(rows, end)
     }
 
-    /// The same, of a run that goes on to position `end`.
+    /// The same, for a run that continues to position `end`.
     pub fn part_of_run(&mut self, rows: &[Vec<i64>], end: usize) -> Vec<Vec<f64>> {
         let count = rows[0].len();
         let ids: Vec<i64> = rows.iter().flatten().copied().collect();

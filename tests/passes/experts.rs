@@ -1,4 +1,4 @@
-//! Mixtures of experts: what is recognized of each spelling, and what is refused because it is another computation.
+//! Mixtures of experts: each recognized spelling, and refusals of other computations.
 
 use std::path::Path;
 
@@ -116,7 +116,7 @@ fn constant(graph: &mut Graph, shape: &[usize], values: &[f32]) -> lapidary::gra
     graph.add_constant("edit", Constant::tensor(Tensor::from_f32(shape.to_vec(), values)))
 }
 
-/// The numbers in the comparisons say which expert is which, whatever order the graph has them in.
+/// The numbers in the comparisons identify the experts, in any order of the graph.
 #[test]
 fn experts_in_another_order_are_known_by_their_weights() {
     let mut graph = fixture("mobius-mixtral");
@@ -169,7 +169,7 @@ fn weights_of_another_kind_are_refused() {
 
 #[test]
 fn rows_that_are_not_the_tokens_are_refused() {
-    // What one expert takes is shifted.
+    // One expert's input is shifted.
     let mut graph = fixture("optimum-qwen3moe");
     let products = nodes(&graph, |op| *op == Op::MatMul);
     let product = products

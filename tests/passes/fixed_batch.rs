@@ -1,5 +1,5 @@
-//! Exports for a fixed number of sequences: they take any number where the sequences do not meet, and are refused by the
-//! operator where they do.
+//! Exports for a fixed number of sequences: they support any number if sequences are independent, and are refused with
+//! the operator's name if not.
 
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Binary, Op, Reduction};
@@ -37,7 +37,7 @@ fn canonical(graph: Graph) -> Graph {
     canonical.graph
 }
 
-/// Logits of three sequences, which the export was not made for, after a prompt and a token.
+/// Logits of three sequences, unsupported by the original export, after a prompt and a token.
 fn logits(graph: &Graph) -> Vec<Vec<f64>> {
     let mut decoder = Decoder::new(graph, 3, 12);
     let prompt: Vec<Vec<i64>> = (0..3)
@@ -116,7 +116,7 @@ fn what_a_graph_repeats_for_each_sequence_is_taken_once() {
 #[test]
 fn sequences_that_meet_are_refused_by_the_operator() {
     let refusal = |graph: Graph| refusal_at(fixed(graph, 2, ""), 64);
-    // Rows of their own.
+    // Separate rows.
     says(
         &refusal(with(added(&[2, 1, 32], |i| i as f32 / 16.0))),
         &[
@@ -144,7 +144,7 @@ fn sequences_that_meet_are_refused_by_the_operator() {
         graph.add_node("sum", Op::Binary(Binary::Add), &[x, row])
     };
     says(&refusal(with(first_row)), &["row", "sequences are chosen by an index"]);
-    // Sequences change places with elements, and the rows are no longer theirs.
+    // Sequences and elements swap axes, so rows no longer belong to sequences.
     let mixed = |graph: &mut Graph, x: ValueId| {
         let perm = Some(vec![1, 2, 0]);
         let turned = graph.add_node("turned", Op::Transpose { perm }, &[x]);

@@ -1,5 +1,5 @@
-//! Masks of `[batch, 1, tokens, total]` that the caller fills, one for each kind of layer: what they hide is said by flags or by
-//! the model's configuration, and never guessed.
+//! Masks of `[batch, 1, tokens, total]` that the caller fills, one for each kind of layer: flags or the model's
+//! configuration define what they hide; it is never guessed.
 
 use std::path::Path;
 
@@ -85,7 +85,7 @@ fn what_is_not_said_is_refused_with_the_flags_that_say_it() {
             "sliding_window and layer_types",
         ],
     );
-    // Of one alone too little is said.
+    // A flag for only one mask is not enough.
     says(
         &refusal(given(["a", "b"]), &[("b", Some(8))]),
         &["a [batch_size", "b [batch_size"],
@@ -98,7 +98,7 @@ fn what_is_not_said_is_refused_with_the_flags_that_say_it() {
     );
 }
 
-/// Windows of the layers, and those of the masks.
+/// Windows of the layers and of the masks.
 type Windows = (Vec<Option<usize>>, Vec<(String, usize)>);
 
 /// Converts the export beside this `config.json`.

@@ -1,4 +1,5 @@
-//! What newer versions of ONNX Runtime's `GroupQueryAttention` do inside: it becomes what older exports do around it.
+//! Features inside newer versions of ONNX Runtime's `GroupQueryAttention`: they become the separate operators of older
+//! exports.
 
 use lapidary::graph::op::Op;
 use lapidary::graph::{Graph, ValueId};
@@ -103,7 +104,7 @@ fn sinks_inside_the_operator() {
     let zero = logits(with(&sinks([0.0; 4])));
     assert!(distance(&logits(with(&smooth)), &zero) < 1e-6);
     assert!(distance(&zero, &plain) > 1e-2);
-    // A sink so low takes no share.
+    // A sink this low has no share.
     assert!(distance(&logits(with(&sinks([-200.0; 4]))), &plain) < 1e-5);
     let canonical = |graph| canonicalize(graph, &CanonicalizeOptions::default()).unwrap().graph;
     let some = canonical(with(&sinks([0.5, -1.0, 2.0, 0.0])));

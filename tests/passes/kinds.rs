@@ -1,4 +1,4 @@
-//! What is refused is named as what it is, with every obstacle at once.
+//! Refusals name the kind of model, with all obstacles at once.
 
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Op, Unary};
@@ -16,7 +16,7 @@ fn options() -> CanonicalizeOptions {
     }
 }
 
-/// The message and the help of `convert`, and what `inspect` has.
+/// The message and the help of `convert`, and the output of `inspect`.
 fn refused(graph: Graph) -> (String, Recognition) {
     let error = canonicalize(graph.clone(), &options()).map(|_| ()).unwrap_err();
     let text = format!("{error}; {}", error.help().unwrap_or_default());

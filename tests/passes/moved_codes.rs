@@ -1,5 +1,5 @@
-//! Codes that are moved between `QuantizeLinear` and `DequantizeLinear`, as ONNX Runtime's optimizer leaves them: the canonical
-//! graph computes the same, and what is no rounding is named with its operator.
+//! Codes that are moved between `QuantizeLinear` and `DequantizeLinear`, as ONNX Runtime's optimizer leaves them: the
+//! canonical graph computes the same, and operators that are not roundings are refused by name.
 
 use std::collections::HashSet;
 

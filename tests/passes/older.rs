@@ -1,5 +1,4 @@
-//! Exports of opset 11: what they say with attributes of their own becomes the graph that the same export of a later opset
-//! becomes.
+//! Exports of opset 11: they become the same graph as exports of the same model in a later opset.
 
 use std::collections::HashMap;
 
@@ -94,7 +93,7 @@ fn exports_of_opset_11_become_the_same_graph() {
     }
 }
 
-/// OPT's scores have a floor after the mask. One that only hides what is hidden changes nothing.
+/// OPT's scores have a lower bound after the mask. One that affects only hidden positions changes nothing.
 #[test]
 fn a_floor_under_masked_scores() {
     use lapidary::graph::op::{Binary, Op};

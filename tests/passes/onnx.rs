@@ -1,6 +1,6 @@
-//! Somebody else's engine runs the canonical graphs: `scripts/check_canonical.py` loads what `onnx::write` wrote into
+//! An independent engine runs the canonical graphs: `scripts/check_canonical.py` loads what `onnx::write` wrote into
 //! onnx.checker and ONNX Runtime. Needs a Python with onnx and onnxruntime in `LAPIDARY_PYTHON`, as the README's test
-//! command sets up; CI always has it. Without the variable there is nobody to ask, and the tests say so and pass.
+//! command sets up; CI always has it. Without the variable the tests print a message and pass.
 
 use std::path::Path;
 use std::process::Command;

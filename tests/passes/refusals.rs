@@ -1,4 +1,4 @@
-//! Exports with something in them that is not what it seems: each is refused, and told why.
+//! Exports with parts that are not what they seem: each is refused with a reason.
 
 use lapidary::graph::op::{Binary, Op, Reduction, Unary};
 use lapidary::graph::{Graph, NodeId, ValueId};
@@ -42,7 +42,7 @@ pub fn mask_additions(graph: &Graph) -> Vec<NodeId> {
         .collect()
 }
 
-/// Puts a new value in the place of an operand of a node.
+/// Replaces an operand of a node by a new value.
 pub fn rewire(graph: &mut Graph, node: NodeId, input: usize, new: impl FnOnce(&mut Graph, ValueId) -> ValueId) {
     let old = graph.node(node).input(input).unwrap();
     let new = new(graph, old);

@@ -22,7 +22,7 @@ fn canonical_dumps() {
     }
 }
 
-/// The table of passes, which reports take their descriptions from, has every pass that runs and no other.
+/// The table of passes, with the descriptions for reports, has exactly the passes that run.
 #[test]
 fn the_table_of_passes_is_what_runs() {
     let options = CanonicalizeOptions {
@@ -32,7 +32,7 @@ fn the_table_of_passes_is_what_runs() {
         activations: Default::default(),
         mask_windows: Default::default(),
     };
-    // With as many sequences as a call may have, and with two.
+    // With the maximum of sequences per call, and with two.
     let batched = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/torchscript17-llama-batch2/model.onnx");
     let free = exports().into_iter().find(|e| e.name == "llama-optimum");
     let graphs = [

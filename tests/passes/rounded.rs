@@ -1,4 +1,4 @@
-//! Activations that an export rounds inside attention: the canonical graph rounds them too, at whatever place it is, or the
+//! Activations that an export rounds inside attention: the canonical graph rounds them too, at any position, or the
 //! export is refused by name.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -118,7 +118,7 @@ pub fn difference(export: &Graph, canonical: &Graph) -> f64 {
     worst.fold(0.0, f64::max)
 }
 
-/// Floats inside attention: all that products of two computed tensors are made of, back to linear layers, and the results of
+/// Floats inside attention: all inputs of products of two computed tensors, back to linear layers, and the results of
 /// softmax. Each with its largest number in a prompt.
 pub fn inside_attention(graph: &Graph) -> Vec<(ValueId, f64)> {
     let constant = |id: Option<ValueId>| id.is_some_and(|id| graph.constant(id).is_some());
@@ -204,12 +204,12 @@ fn at_random_places(name: &str, graph: Graph, seed: u64, trials: usize) -> usize
                 );
             }
             Err(PassError::RoundedAttention { values }) => assert!(!values.is_empty()),
-            // Rounded tables of positions may be none that is known.
+            // Rounded tables of positions may be unrecognizable.
             Err(PassError::Obstacles { obstacles }) => assert!(!obstacles.is_empty()),
             Err(other) => panic!("{name}, trial {trial}: {other}, rounding {what:#?}"),
         }
     }
-    // Roundings that were dropped would show.
+    // Dropped roundings would be detected.
     assert!(2 * changed > accepted, "{name}: {changed} of {accepted}");
     accepted
 }
@@ -275,8 +275,8 @@ fn named(graph: &Graph, name: &str) -> ValueId {
     graph.find(name).unwrap_or_else(|| panic!("{name} is there"))
 }
 
-/// A cache whose past, new rows and result are rounded, each by its own node: to the same codes, or to others, so that a
-/// row is another one from the second call on.
+/// A cache whose past, new rows and result are rounded, each by its own node: to the same codes, or to others, so that
+/// a row differs from the second call on.
 #[test]
 fn caches_that_are_stored_rounded() {
     for (past, changes) in [
@@ -342,7 +342,7 @@ fn what_has_no_place_is_named() {
     };
     let graph = llama();
     refused(graph.clone(), masked(&graph), plain, &["after the mask"]);
-    // With a range that hides what is hidden it is as before the mask.
+    // If the range keeps hidden positions hidden, it equals a rounding before the mask.
     let mut wide = graph.clone();
     round(&mut wide, masked(&graph), Codes(DType::I8, 100.0, 0));
     let accepted = canonical(wide.clone()).unwrap();
@@ -386,7 +386,7 @@ fn what_has_no_place_is_named() {
         &["the range of its codes is that of the whole tensor"],
     );
 
-    // Stored rounded, and read as it was.
+    // Stored rounded, but read unrounded.
     let mut stored = llama();
     let present = named(&stored, "present.0.value");
     let uses: Vec<_> = stored.uses()[&present].clone();

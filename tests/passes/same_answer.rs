@@ -1,4 +1,4 @@
-//! `inspect` and `convert` answer alike: what one refuses because of the graph, the other refuses in the same words.
+//! `inspect` and `convert` agree: a graph that one refuses, the other refuses with the same message.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ fn conversion() -> Conversion {
     Spec::parse("capacity: [32]").unwrap().resolve().unwrap()
 }
 
-/// Converts the model at `path` into `folder`, and compares with what an inspection says. Gives whether it was refused.
+/// Converts the model at `path` into `folder`, and compares with an inspection. Returns whether it was refused.
 fn compare(path: &Path, folder: &Path) -> Result<bool, String> {
     let Ok(mut graph) = lapidary::onnx::read(path) else {
         return Ok(true);
@@ -37,7 +37,7 @@ fn compare(path: &Path, folder: &Path) -> Result<bool, String> {
     match error {
         None if found.reasons.is_empty() => Ok(false),
         None => Err(format!("converted, but: {:?}", found.reasons)),
-        // Numbers that no model can use are not the graph's.
+        // Invalid weights are not a property of the graph.
         Some(ConvertError::Numbers { .. }) => Ok(true),
         Some(error) if found.reasons.is_empty() => Err(format!("refused by convert alone: {error}")),
         Some(error) => {
@@ -166,7 +166,7 @@ fn on_edited_exports() {
         for (i, (name, edit)) in edits.iter().enumerate() {
             let mut graph = export(base);
             edit(&mut graph);
-            // A file says what its outputs are.
+            // A file declares its outputs.
             let _ = infer(&mut graph);
             for id in graph.outputs.clone() {
                 let value = graph.value_mut(id);
@@ -181,7 +181,7 @@ fn on_edited_exports() {
     assert!(check_all(results) > 20);
 }
 
-/// Bytes of a model changed at random: whatever can still be read.
+/// Random changes of a model's bytes, if it can still be read.
 #[test]
 fn on_damaged_exports() {
     let folder = tempfile::tempdir().unwrap();

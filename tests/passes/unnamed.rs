@@ -1,4 +1,4 @@
-//! Names of inputs and labels of dims say nothing: inputs are matched by what the graph does with them.
+//! Names of inputs and labels of dims are ignored: inputs are matched by their use in the graph.
 
 use std::collections::HashMap;
 
@@ -33,7 +33,7 @@ fn names_of_inputs_change_nothing() {
     let mut failed = Vec::new();
     let mut count = 0;
     for export in exports() {
-        // Of each exporter's ways of giving positions, masks and lengths.
+        // One of each exporter's forms of positions, masks and lengths.
         let kinds = [
             "llama-optimum",
             "llama-dynamo",
@@ -57,7 +57,7 @@ fn names_of_inputs_change_nothing() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
-/// A label is free in ONNX, even one that reads as a number or a formula: the same graph comes out.
+/// In ONNX a label may be any text, even a number or a formula: the graph is the same.
 #[test]
 fn labels_that_look_like_numbers_are_labels() {
     let export = exports().into_iter().find(|export| export.name == "llama-optimum");

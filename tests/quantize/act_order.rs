@@ -1,5 +1,5 @@
-//! Exports of ONNX Runtime's `MatMulNBits` whose columns belong to groups in any order (GPTQ's act-order, `g_idx`) and whose depth
-//! ends within a block: whole packages of them.
+//! Exports of ONNX Runtime's `MatMulNBits` with columns in any order of groups (GPTQ's act-order, `g_idx`) and a depth
+//! that ends within a block, as whole packages.
 
 use std::path::Path;
 

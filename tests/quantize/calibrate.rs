@@ -1,4 +1,4 @@
-//! Calibration: scaling channels changes nothing that is computed, and helps what is rounded.
+//! Calibration: scaling channels does not change results, and reduces rounding errors.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +24,7 @@ fn canonical(model: &Path) -> passes::Canonical {
     passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
 }
 
-/// Logits after every token of a few.
+/// Logits after each of a few tokens.
 fn logits(graph: &Graph, vocabulary: usize) -> Vec<f32> {
     let device = CpuDevice::new(graph.clone(), vocabulary, Some(2));
     let mut session = Session::new(Box::new(device), &[32], vocabulary);
@@ -35,14 +35,14 @@ fn logits(graph: &Graph, vocabulary: usize) -> Vec<f32> {
     all
 }
 
-/// Scaled by any factors the model in floating point is the same, up to rounding.
+/// Scaled by any factors, the model in floating point is the same up to rounding.
 #[test]
 fn every_fold_is_exact() {
     let mut wrong = Vec::new();
     for (model, folds) in [
         // Two norms a layer and the last one; `up` before `down`.
         (export("llama-optimum"), (5, 2)),
-        // Biases of queries, keys and values. The tied head's matrix is read as a table, too.
+        // Biases of queries, keys and values. The tied head's matrix is also read as a table.
         (export("qwen2-dynamo-opset18"), (4, 2)),
         // Norms of queries and keys, which are not sites.
         (export("qwen3-optimum"), (5, 2)),
@@ -190,7 +190,7 @@ fn outliers_cost_less_with_calibration() {
     // The same again, to the last byte.
     let again = try_convert(&model, &at("again"), &spec(folder.path(), "int4")).unwrap();
     assert_eq!(again.manifest.weights.set_hash, calibrated.manifest.weights.set_hash);
-    // Recipes say that numbers were changed together, of norms too.
+    // Recipes record that values were calibrated together, including norms.
     let recipes = calibrated
         .manifest
         .weights
@@ -221,7 +221,7 @@ fn a_calibrated_package_takes_no_other_floats() {
     );
     assert!(help.contains("--calibrate"), "{help}");
     assert_eq!(Package::open(&pkg).unwrap().manifest, package.manifest);
-    // What was taken out of it comes back from a copy of it.
+    // Removed weights are restored from a copy of it.
     let bare = folder.path().join("bare");
     lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok();
     lapidary(["refit", text(&bare), "--from", text(&pkg)]).ok();
@@ -229,7 +229,7 @@ fn a_calibrated_package_takes_no_other_floats() {
         Package::open(&bare).unwrap().manifest.weights.set_hash,
         package.manifest.weights.set_hash
     );
-    // Another package does not take single weights of it for those of the model.
+    // Another package does not accept its weights as those of the model.
     let float = folder.path().join("float");
     try_convert(&model, &float, "").unwrap();
     assert_eq!(lapidary(["refit", text(&float), "--from", text(&pkg)]).status, 2);

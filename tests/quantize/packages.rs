@@ -1,4 +1,4 @@
-//! Packages of quantized weights: what is in them, what they compute, and what is refused.
+//! Packages of quantized weights: contents, results, and refusals.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -89,7 +89,7 @@ fn every_format_of_every_family_becomes_a_package() {
                 "{what}: {found:?}"
             );
             assert_eq!(found.len(), record.weights, "{what}");
-            // Head and embeddings stay by default, as does everything that is not a matrix.
+            // By default the head, the embeddings, and everything that is not a matrix stay in floating point.
             for weight in manifest.weights.tensors.iter().filter(|w| w.quantized.is_none()) {
                 let matrix = weight.shape.len() == 2;
                 let vocabulary = weight.shape[0] == 97 || weight.name.contains("wpe");
@@ -243,15 +243,15 @@ fn info_shows_what_was_quantized() {
         "{}",
         listed.stdout
     );
-    // The spec makes the same package again.
+    // The spec produces the same package.
     let again = folder.path().join("again");
     lapidary(["convert", text(&model), "-o", text(&again), "--spec", text(&spec)]).ok();
     let set = |pkg: &Path| Package::open(pkg).unwrap().manifest.weights.set_hash;
     assert_eq!(set(&pkg), set(&again));
 }
 
-/// The emitted graph is valid ONNX, and ONNX Runtime computes from it what the package computes: as it stands, for its
-/// optimizations make products of integers of some quantized weights and round the activations.
+/// The emitted graph is valid ONNX, and ONNX Runtime gives the package's results without optimizations; with them it
+/// turns some products into integer products and rounds activations.
 #[test]
 fn onnx_runtime_agrees() {
     let Some(python) = std::env::var_os("LAPIDARY_PYTHON") else {
@@ -320,7 +320,7 @@ fn onnx_runtime_agrees() {
         if !output.status.success() {
             failed.push(format!("{name} {format}: {}", String::from_utf8_lossy(&output.stdout)));
         }
-        // And we read it back as what it is.
+        // And it is read back as the same weights.
         let graph: Graph = onnx::read(&emitted).unwrap();
         let codes = lower::stored_weights(&graph).into_iter();
         assert!(

@@ -1,4 +1,4 @@
-//! Other weights into packages that were quantized: floats become codes again, codes fit or are named.
+//! Refits of quantized packages: floats are quantized again, codes must fit or are refused by name.
 
 use std::path::{Path, PathBuf};
 
@@ -59,7 +59,7 @@ fn floats_become_codes_of_the_same_format() {
         let package = converted(&model, folder.path(), &format!("pkg-{i}"), &format!("quantize: {spec}"));
         let (pkg, hash) = (package.folder.as_path(), package.manifest.weights.set_hash.clone());
         let before = forms(pkg);
-        // From the export, and from a checkpoint of the same numbers: the same codes.
+        // From the export, and from a checkpoint of the same values: the same codes.
         for from in [model.as_path(), same.as_path()] {
             let checked = lapidary(["weights", text(pkg), "--check", text(from), "--json"])
                 .ok()
@@ -68,12 +68,12 @@ fn floats_become_codes_of_the_same_format() {
             lapidary(["refit", text(pkg), "--from", text(from), "--mode", "identical"]).ok();
             assert_eq!((set_hash(pkg), forms(pkg)), (hash.clone(), before.clone()), "{spec}");
         }
-        // Of other numbers other codes, in the same format.
+        // Other values give other codes in the same format.
         lapidary(["refit", text(pkg), "--from", text(&other)]).ok();
         assert_ne!(set_hash(pkg), hash, "{spec}");
         assert_eq!(forms(pkg), before, "{spec}");
         Package::open(pkg).unwrap().check_hashes().unwrap();
-        // And stripped it is filled again.
+        // After stripping it can be refitted.
         let bare = folder.path().join(format!("bare-{i}"));
         lapidary(["strip", text(pkg), "-o", text(&bare)]).ok();
         lapidary(["refit", text(&bare), "--from", text(&same)]).ok();
@@ -96,7 +96,7 @@ fn a_package_made_without_weights_is_filled() {
         .concat(),
     )
     .ok();
-    // The export has its weights inside, so nothing was left out; what says so is the set.
+    // The export contains its weights, so the refit was complete; the weight set shows it.
     if !Package::open(&pkg).unwrap().manifest.weights.stripped {
         assert_eq!(set_hash(&pkg), set_hash(&whole));
         return;
@@ -118,7 +118,7 @@ fn codes_of_another_format_are_named() {
         "{message}"
     );
     assert_eq!(set_hash(&int4.folder), hash, "nothing was written");
-    // Of the same format they are taken as they are.
+    // Codes in the same format are used unchanged.
     let other = converted(
         &export("llama-dynamo-opset18"),
         folder.path(),
@@ -184,7 +184,7 @@ fn an_adapter_needs_floats_or_leave_to_quantize_again() {
     let again = set_hash(&pkg);
     assert_ne!(again, hash);
     assert_eq!(forms(&pkg), before);
-    // From floats the sum is rounded once, and nothing need be allowed.
+    // From floats the sum is rounded once, and needs no flag.
     lapidary([&["refit", text(&pkg), "--from", text(&model)], &lora[..]].concat()).ok();
     assert_ne!(set_hash(&pkg), hash);
     assert_eq!(forms(&pkg), before);

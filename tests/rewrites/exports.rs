@@ -61,7 +61,7 @@ fn each_pass_alone_keeps_the_meaning() {
             {
                 failed.push(format!("{} after {name}: {error}", name_of(&folder)));
             }
-            // A second run finds nothing that the first left.
+            // A second run finds nothing more.
             let again = pass(&mut graph).unwrap();
             if again != 0 {
                 failed.push(format!("{}: {name} rewrites {again} times more", name_of(&folder)));

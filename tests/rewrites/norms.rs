@@ -1,4 +1,4 @@
-//! RMSNorm and LayerNorm in every spelling. What only looks like them is in tests/files/passes.
+//! RMSNorm and LayerNorm in every spelling. For graphs that only resemble them see tests/files/passes.
 
 use lapidary::graph::op::{Binary, Unary};
 use lapidary::graph::{Graph, ValueId};
@@ -115,7 +115,7 @@ fn every_spelling_becomes_one_operator() {
         let (rewritten, rewrites) = rewrite(&graph, rms_norm::run, tolerance);
         assert_eq!((rewrites, rewritten.node_ids().count()), (1, 1), "{how:?}");
         assert_eq!(count(&rewritten, "RMSNormalization"), 1);
-        // What it subtracts makes it another norm.
+        // The subtraction makes it another norm.
         let centered = rms(how, true, 1e-5);
         assert_eq!(rewrite(&centered, rms_norm::run, tolerance).1, 0, "{how:?}");
         let (rewritten, rewrites) = rewrite(&centered, layer_norm::run, tolerance);

@@ -10,7 +10,7 @@ use lapidary::graph::{Graph, Op, ValueId};
 use lapidary::passes::PassError;
 use lapidary::tensor::{DType, Tensor};
 
-/// A graph under construction, with the operators these tests need as methods.
+/// A graph builder with the operators of these tests as methods.
 pub struct Small {
     pub graph: Graph,
     pub dtype: DType,
@@ -124,8 +124,8 @@ pub fn run(graph: &Graph, seed: u64) -> Vec<Tensor> {
         .unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Rewrites a copy of the graph, checks that it computes the same with the same types, and gives it with the number of
-/// rewrites.
+/// Rewrites a copy of the graph, checks that it computes the same with the same types, and returns it with the number
+/// of rewrites.
 pub fn rewrite(graph: &Graph, pass: impl Fn(&mut Graph) -> Result<usize, PassError>, tolerance: f64) -> (Graph, usize) {
     let mut rewritten = graph.clone();
     let count = pass(&mut rewritten).unwrap();

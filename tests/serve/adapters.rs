@@ -1,4 +1,4 @@
-//! Packages with LoRA adapters, by the names of these.
+//! Packages with LoRA adapters, selected by name.
 
 use std::path::{Path, PathBuf};
 
@@ -58,7 +58,7 @@ fn adapters_are_models_of_their_own() {
     let pkg = talker(folder.path(), "64");
     let [first, second] =
         [("first", 0.7), ("second", 1.9)].map(|(name, phase)| adapter(&folder.path().join(name), &pkg, phase));
-    // What a package has whose weights are the sums.
+    // The results of a package with merged weights.
     let merged = folder.path().join("merged");
     std::fs::create_dir(&merged).unwrap();
     let merged = talker(&merged, "64");
@@ -110,10 +110,10 @@ fn adapters_are_models_of_their_own() {
     let ask =
         |model: Option<&str>, more: &Value| server.post("/v1/completions", &body(model, &prompt, more.clone())).ok();
     let tokens = |document: &Value| document["choices"][0]["token_ids"].clone();
-    // Without a name it is the package.
+    // No name, or the package's own, selects no adapter.
     assert_eq!(tokens(&ask(None, &greedy)), plain);
     assert_eq!(tokens(&ask(Some("pkg"), &greedy)), plain);
-    // Prefixes are those of the same adapter alone.
+    // Prefixes are shared only within an adapter.
     let cached = |document: &Value| document["usage"]["prompt_tokens_details"]["cached_tokens"].clone();
     let once = ask(Some("one"), &greedy);
     assert_eq!((tokens(&once), cached(&once)), (with_first.clone(), json!(0)));
@@ -123,7 +123,7 @@ fn adapters_are_models_of_their_own() {
     assert_eq!(cached(&two), 0);
     assert_ne!(tokens(&two), tokens(&once));
 
-    // All of them at once, drawn by seeds: each gets what it gets alone.
+    // All at once, sampled with seeds: each gets the same as alone.
     let requests: Vec<(Option<&str>, Value)> = (0..12)
         .map(|i| {
             (

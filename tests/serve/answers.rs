@@ -1,4 +1,4 @@
-//! What the server answers: the tokens of `lapidary generate`, in OpenAI's shapes, whole and in pieces.
+//! The server's responses: the tokens of `lapidary generate` in OpenAI's format, complete and streamed.
 
 use serde_json::{Value, json};
 
@@ -78,7 +78,7 @@ fn many_clients_get_what_generate_gives() {
     }
 }
 
-/// Text, log-probabilities and reason of a choice of a stream.
+/// Text, log-probabilities and finish reason of a streamed choice.
 fn joined(events: &[Value], index: usize, is_chat: bool) -> (String, Vec<Value>, Value) {
     let mut text = String::new();
     let mut logprobs = Vec::new();
@@ -123,7 +123,7 @@ fn a_chat_streams_what_it_answers_as_a_whole() {
     let choices = whole["choices"].as_array().unwrap();
     assert_eq!(choices.len(), 2);
     assert_ne!(choices[0]["message"]["content"], choices[1]["message"]["content"]);
-    // The prompt is the template's, and counts once; the second choice found it there, but for its last chunk.
+    // The prompt is the template's, and counts once; the second choice reused it except for its last chunk.
     let prompt = "<|im_start|>sBe brief.<|im_end|><|im_start|>uHello<|im_end|><|im_start|>a";
     let tokens = server
         .post("/tokenize", &json!({"content": prompt, "add_special": false}))
@@ -168,7 +168,7 @@ fn a_chat_streams_what_it_answers_as_a_whole() {
     let bytes: Vec<u8> = serde_json::from_value(entry["bytes"].clone()).unwrap();
     assert_eq!(String::from_utf8_lossy(&bytes), entry["token"].as_str().unwrap());
 
-    // A choice is what a request of its seed gives.
+    // A choice equals a request with its seed.
     let second = server
         .post("/v1/chat/completions", &body(json!({"n": 1, "seed": 12})))
         .ok();
@@ -210,7 +210,7 @@ fn prompts_may_be_several_and_be_repeated() {
     let body = json!({"prompt": "Hello", "max_tokens": 5, "echo": true, "ignore_eos": true, "stream": true});
     let events = server.post("/v1/completions", &body).events();
     assert_eq!(joined(&events, 0, false).0, texts[0]);
-    // As OpenAI has it, a completion without a limit is short.
+    // As with OpenAI, a completion without a limit is short.
     let short = completion(&server, json!({"prompt": [5, 6], "ignore_eos": true}));
     assert_eq!(short["usage"]["completion_tokens"], 16);
 }
@@ -388,7 +388,7 @@ fn packages_are_served_by_name() {
     assert_eq!(missing(ask(json!("gpt-4"))).0, 404);
     assert_eq!(missing(ask(json!("gpt-4"))).1, "model_not_found");
     assert_eq!(missing(ask(Value::Null)).2, "model: there are several; name one");
-    // Without a tokenizer there are token ids alone.
+    // Without a tokenizer there are only token ids.
     let text = json!({"model": "mistral", "prompt": "Hello"});
     let (status, _, message) = server.post("/v1/completions", &text).error();
     assert_eq!(status, 400);

@@ -1,4 +1,4 @@
-//! A server of the binary, and a client that speaks just enough HTTP.
+//! A server process of the binary, and a minimal HTTP client.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -13,13 +13,13 @@ use crate::support::{command, text};
 
 /// A running server; killed when a test is done with it.
 pub struct Server {
-    /// None: it runs in the test.
+    /// `None`: it runs in the test process.
     child: Option<Child>,
     address: String,
     folder: tempfile::TempDir,
 }
 
-/// An answer.
+/// A response.
 #[derive(Debug)]
 pub struct Reply {
     pub status: u16,
@@ -32,7 +32,7 @@ impl Reply {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
     }
 
-    /// The document of an answer that went well.
+    /// The document of a successful response.
     pub fn ok(self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.json()
@@ -52,7 +52,7 @@ impl Reply {
         found.map(|(_, value)| &value[..])
     }
 
-    /// The documents of a stream, whose end is marked.
+    /// The documents of a stream; checks its end marker.
     pub fn events(&self) -> Vec<Value> {
         assert_eq!(self.header("content-type"), Some("text/event-stream"), "{}", self.body);
         let mut events: Vec<&str> = self
@@ -101,7 +101,7 @@ impl Server {
         }
     }
 
-    /// One that runs already.
+    /// A server that is already running.
     pub fn at(address: String) -> Server {
         Server {
             child: None,
@@ -114,14 +114,14 @@ impl Server {
         self.child.as_mut().expect("a process of its own")
     }
 
-    /// A connection that asks nothing yet.
+    /// A connection without a request yet.
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         stream
     }
 
-    /// Sends a request and leaves the connection open, for what is read of it.
+    /// Sends a request and leaves the connection open for reading.
     pub fn send(&self, method: &str, path: &str, headers: &[&str], body: &str) -> TcpStream {
         let mut stream = self.connect();
         let mut head = format!(
@@ -151,7 +151,7 @@ impl Server {
         self.request("POST", path, &["Content-Type: application/json"], &body.to_string())
     }
 
-    /// The number of a metric, which is named with its labels but for the model's.
+    /// The value of a metric, named with its labels except the model's.
     pub fn metric(&self, name: &str, labels: &str) -> f64 {
         let page = self.get("/metrics").body;
         let start = format!("{name}{{model_name=\"pkg\"{labels}}} ");
@@ -210,7 +210,7 @@ impl Drop for Server {
     }
 }
 
-/// Reads an answer to its end.
+/// Reads a response to its end.
 pub fn read(stream: TcpStream) -> Reply {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();

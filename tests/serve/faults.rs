@@ -1,4 +1,4 @@
-//! Clients that are very many, or that do not read what they asked for.
+//! Very many clients, and clients that do not read their responses.
 
 use std::io::Read;
 use std::net::TcpStream;
@@ -25,7 +25,7 @@ fn allow_connections() {
 fn a_thousand_connections_delay_no_request() {
     allow_connections();
     let server = Server::start("64", &["--queue", "1000"]);
-    // Those that ask nothing, and requests between them.
+    // Connections without requests, and requests between them.
     let idle: Vec<TcpStream> = (0..CONNECTIONS).map(|_| server.connect()).collect();
     for _ in 0..5 {
         server.post("/v1/completions", &json!({"prompt": [5]})).ok();
@@ -59,7 +59,7 @@ fn a_client_that_stops_reading_is_disconnected() {
         ..Limits::default()
     };
     let server = limited(TEMPLATE, "Hello", limits);
-    // Some 9 MB: more than the system holds for a client that does not read, 4 MB and a little.
+    // About 9 MB: more than the system buffers for a client that does not read (a little over 4 MB).
     let body = |most: usize| {
         json!({
             "prompt": [5, 6], "max_tokens": most, "ignore_eos": true, "n": 8, "logprobs": 20, "stream": true,
@@ -68,7 +68,8 @@ fn a_client_that_stops_reading_is_disconnected() {
         .to_string()
     };
     let mut unread = server.send("POST", "/v1/completions", &[], &body(2000));
-    // All is generated, or the server has disconnected the client. What is generated is written or waits within some seconds more.
+    // Everything is generated, or the server has disconnected the client. A few seconds later all output is written or
+    // buffered.
     let start = Instant::now();
     let is_running = || {
         !server
@@ -82,12 +83,12 @@ fn a_client_that_stops_reading_is_disconnected() {
         std::thread::sleep(Duration::from_millis(100));
     }
     std::thread::sleep(Duration::from_secs(5));
-    // Others are served.
+    // Other clients are served.
     server
         .post("/v1/completions", &json!({"prompt": [5], "max_tokens": 3}))
         .ok();
     let mut text = Vec::new();
-    // Reset, or closed: in no case to its end.
+    // Reset or closed, but never complete.
     let _ = unread.read_to_end(&mut text);
     assert!(!text.is_empty());
     assert!(
@@ -115,7 +116,7 @@ fn a_prompt_that_the_model_cannot_hold_is_refused() {
     let server = Server::start("64", &[]);
     let (status, code, message) = server.post("/v1/completions", &json!({"prompt": vec![5; 65]})).error();
     assert_eq!((status, code), (400, json!("context_length_exceeded")), "{message}");
-    // One token fewer than it holds leaves room for one.
+    // One token fewer than the capacity leaves room for one.
     let whole = json!({"prompt": vec![5; 63], "max_tokens": 50, "ignore_eos": true});
     let document = server.post("/v1/completions", &whole).ok();
     assert_eq!(document["usage"]["prompt_tokens"], 63);

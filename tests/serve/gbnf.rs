@@ -1,4 +1,4 @@
-//! llama.cpp's form of grammars: which texts a grammar has, by the masks that a model would be given, against a plain definition.
+//! llama.cpp's grammar format: the texts of a grammar, from the token masks for a model, against a simple definition.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::client::Server;
 use crate::models::{TEMPLATE, tokenizer_files};
 
-/// A model of all bytes, and some tokens of several.
+/// A vocabulary of all bytes, and some tokens of several.
 struct Model {
     grammars: Grammars,
     tokens: Vec<Vec<u8>>,
@@ -32,7 +32,7 @@ fn model() -> &'static Model {
         let files = tokenizer_files(folder.path(), TEMPLATE);
         let path = files.join("tokenizer.json");
         let mut tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-        // How byte-level tokenizers write bytes: those that can be seen as they are, the others from U+0100 on.
+        // How byte-level tokenizers write bytes: printable ones unchanged, the others from U+0100 on.
         let seen = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
         let mut others = 256..;
         let letters: Vec<char> = (0u32..256)
@@ -73,7 +73,7 @@ fn allowed(limited: &mut Limited) -> Vec<bool> {
     logits.iter().map(|logit| *logit == 0.0).collect()
 }
 
-/// Whether a grammar has a text, token by token as it is cut here: single bytes, or the longest tokens.
+/// Whether a grammar accepts a text, tokenized here as single bytes or as longest tokens.
 fn has(start: &Limited, text: &str, longest: bool) -> bool {
     let mut limited = start.again();
     let mut rest = text.as_bytes();
@@ -159,7 +159,7 @@ fn json() {
 
 #[test]
 fn arithmetic_whose_white_space_ends_lines_too() {
-    // `ws` has the end of the line that follows it, so a lexer of long terminals would take it too early.
+    // `ws` contains the line end that follows it, so a lexer of long terminals would consume it too early.
     check(
         r#"
 root  ::= (expr "=" ws term "\n")+
@@ -234,7 +234,7 @@ result ::= "1-0" | "0-1" | "1/2-1/2""#;
         &["αωבéé😁"],
         &["aבéé😁", "αωבé😁", "ϊבéé😁", "αωבéé😃"],
     );
-    // Both classes begin with one byte of UTF-8: a lexer of bytes has gone into the second one before it knows.
+    // Both classes begin with the same byte of UTF-8: a byte lexer has entered the second one before it can tell.
     check(
         "root ::= x\nx ::= [α-γ]+ [δ-ζ] x? [η]",
         &["αδη", "αβγεαδηη"],
@@ -409,7 +409,7 @@ fn grammars_that_cannot_be_read_say_where() {
         .grammars
         .follow(Form::grammar("root ::= <|nothing|>".to_string()));
     assert!(matches!(unknown.err(), Some(FormError::Refused(why)) if why.contains("<|nothing|>")));
-    // Lark may have the sign of a rule within.
+    // Lark grammars may contain the sign of a rule.
     assert!(gbnf::is_gbnf("# Lark?\n\n  a-b \t::= c") && !gbnf::is_gbnf("start: /a-z/ \"::=\"") && !gbnf::is_gbnf(""));
 }
 
@@ -419,7 +419,7 @@ fn large_grammars_end_soon() {
     let deep: String = (0..3000).map(|i| format!("{i}::={}\n", i + 1)).collect();
     assert_eq!(refused(format!("root::=0\n{deep}3000::=\"a\"|\"(\"root\")\"")), None);
     assert_eq!(refused(format!("root::=0\n{deep}3000::=\"a\"")), None);
-    // Each rule is twice the one before: written out, it would not end.
+    // Each rule is twice the previous one: expanded, it would be enormous.
     let doubled: String = (0..40).map(|i| format!("r{i} ::= r{n} r{n}\n", n = i + 1)).collect();
     let doubled = refused(format!("root ::= \"(\" root? \")\" r0\n{doubled}r40 ::= \"a\"?"));
     assert!(matches!(doubled, None | Some(FormError::Refused(_))), "{doubled:?}");
@@ -442,7 +442,7 @@ fn large_grammars_end_soon() {
     assert_eq!(refused(format!("start:r0\n{lark}r10000:\"a\"")), None);
 }
 
-/// Grammars of a few rules, as text, and the same to compute with.
+/// Grammars of a few rules, as text and as data.
 #[derive(Clone, Debug)]
 enum Part {
     Text(String),
@@ -501,7 +501,8 @@ fn name(index: usize) -> String {
     }
 }
 
-/// Where texts of a part that begin at a place of `text` end, as bits. `rules[rule][place]`: the same, as far as it is known.
+/// The end positions of a part's matches that begin at a position of `text`, as bits. `rules[rule][position]`: the
+/// same, as far as known.
 fn ends(part: &Part, text: &[char], from: usize, rules: &[Vec<u64>]) -> u64 {
     let then = |starts: u64, part: &Part| {
         let places = (0..=text.len()).filter(|place| starts & (1 << place) != 0);
@@ -540,7 +541,7 @@ fn ends(part: &Part, text: &[char], from: usize, rules: &[Vec<u64>]) -> u64 {
     }
 }
 
-/// The least solution: rules have no texts at first, and get more until nothing changes.
+/// The least fixed point: rules start without texts, and get more until nothing changes.
 fn is_text(rules: &[Part], text: &[char]) -> bool {
     let mut known = vec![vec![0; text.len() + 1]; rules.len()];
     loop {
@@ -556,14 +557,14 @@ fn is_text(rules: &[Part], text: &[char]) -> bool {
     }
 }
 
-/// All texts of at most so many letters, with what the masks say of each.
+/// All texts of at most this many letters, checked against the masks.
 fn compare(rules: &[Part], limited: &mut Limited, text: &mut Vec<char>, most: usize) -> Result<(), TestCaseError> {
     let mask = allowed(limited);
     prop_assert_eq!(mask[END as usize], is_text(rules, text), "{:?}", text);
     if text.len() == most {
         return Ok(());
     }
-    // Tokens of several letters, too.
+    // Also with tokens of several letters.
     for (id, token) in model().tokens.iter().enumerate().skip(3) {
         let Ok(token) = std::str::from_utf8(token) else {
             continue;
@@ -591,7 +592,7 @@ fn compare(rules: &[Part], limited: &mut Limited, text: &mut Vec<char>, most: us
     Ok(())
 }
 
-/// Whether a longer text begins like this one.
+/// Whether this is a prefix of a longer text.
 fn goes_on(rules: &[Part], text: &mut Vec<char>, most: usize) -> bool {
     text.len() < most
         && LETTERS.iter().any(|c| {

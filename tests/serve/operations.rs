@@ -1,4 +1,4 @@
-//! What a server does with bad requests, with too many, with clients that go, and when it is to stop.
+//! Bad requests, too many requests, clients that disconnect, and shutdown.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -187,7 +187,7 @@ fn bad_requests_are_refused_by_name() {
     ] {
         assert_eq!(server.post(path, &body).error().0, 400, "{body}");
     }
-    // After all of that it works.
+    // After all of that the server still works.
     let (path, body) = completion("temperature", json!(0));
     server.post(path, &body).ok();
     assert_eq!(server.metric("vllm:num_requests_running", ""), 0.0);
@@ -218,7 +218,7 @@ fn a_connection_goes_on_after_a_refusal() {
             "{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n"
         );
         connection.write_all(head.as_bytes()).unwrap();
-        // The body comes later, when the request may be refused already.
+        // The body comes later, when the request may already be refused.
         std::thread::sleep(Duration::from_millis(60));
         connection.write_all(body.as_bytes()).unwrap();
         let mut reader = BufReader::new(&mut connection);
@@ -268,7 +268,7 @@ fn keys_are_asked_for() {
     let refused = server.post("/v1/completions", &json!({"prompt": [5]}));
     assert_eq!(refused.header("www-authenticate"), Some("Bearer"));
     assert_eq!(refused.error().1, "invalid_api_key");
-    // Probes have no keys.
+    // Probes need no key.
     assert_eq!(
         (server.get("/health").status, server.get("/metrics").status),
         (200, 200)
@@ -323,7 +323,7 @@ fn a_page_to_chat_is_there_and_loads_nothing_else() {
     assert!(page.body.contains("/v1/chat/completions") && page.body.contains("/v1/models"));
 }
 
-/// A request that runs until its client goes: the headers and the first event are read.
+/// A request that runs until its client disconnects: the headers and the first event are read.
 fn endless(server: &Server) -> BufReader<TcpStream> {
     let body = json!({"prompt": [5, 6], "max_tokens": 100000, "ignore_eos": true, "stream": true});
     let stream = server.send("POST", "/v1/completions", &[], &body.to_string());
@@ -387,7 +387,7 @@ fn slow_and_idle_clients_hold_nobody_up() {
         stream.write_all(text.as_bytes()).unwrap();
         stream
     };
-    // A head that does not end, and a body that does not.
+    // A request head and a body that never end.
     let start = Instant::now();
     let mut rest = Vec::new();
     let _ = raw("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-").read_to_end(&mut rest);
@@ -404,7 +404,7 @@ fn a_request_has_its_time() {
     let body = json!({"prompt": [5, 6], "max_tokens": 100000, "ignore_eos": true});
     let (status, code, message) = server.post("/v1/completions", &body).error();
     assert_eq!((status, code), (504, json!("timeout")), "{message}");
-    // In a stream the status is said already.
+    // In a stream the status is already sent.
     let mut body = body;
     body["stream"] = json!(true);
     let reply = server.post("/v1/completions", &body);
@@ -430,13 +430,13 @@ fn a_signal_lets_requests_finish() {
             .collect()
     };
     assert_eq!(text(read(stream).events()), text(whole.events()));
-    // A connection that asks nothing does not hold it.
+    // A connection without a request does not delay the shutdown.
     assert_eq!(server.end(), Some(0));
     let mut rest = Vec::new();
     let _ = (&idle).read_to_end(&mut rest);
     assert!(rest.is_empty());
 
-    // What does not finish in time is ended.
+    // Requests that do not finish in time are ended.
     let mut server = Server::start("64,8192", &["--grace", "0"]);
     let mut running = endless(&server);
     let start = Instant::now();

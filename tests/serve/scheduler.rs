@@ -1,4 +1,4 @@
-//! The scheduler without a network: what requests are given, who waits, and how they end.
+//! The scheduler without a network: results of requests, queueing, and how requests end.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -51,7 +51,7 @@ fn scheduler(sequences: usize, queue: usize) -> Scheduler {
     Scheduler::start(open, Some(tokenizer), options).unwrap()
 }
 
-/// What a request was given.
+/// The result of a request.
 #[derive(Debug, Default)]
 struct Given {
     tokens: Vec<u32>,
@@ -61,7 +61,7 @@ struct Given {
 }
 
 impl Given {
-    /// All of it, to the end.
+    /// The complete result.
     fn all(events: &Receiver<Event>) -> Given {
         let mut given = Given::default();
         while let Ok(event) = events.recv_timeout(Duration::from_secs(60)) {
@@ -104,7 +104,7 @@ fn request(prompt: &[u32], max_new_tokens: usize) -> (Request, Receiver<Event>) 
     (request, receiver)
 }
 
-/// A request that stays at its first token until it is let go.
+/// A request that stays at its first token until it is released.
 fn holding(prompt: &[u32], tokens: usize) -> (Request, Receiver<Event>, Receiver<()>, Sender<()>) {
     let (mut request, receiver) = request(prompt, tokens);
     let (holds, is_held) = channel();
@@ -152,7 +152,7 @@ fn requests_get_what_generate_gives_however_many_there_are() {
         let alone = |session: &mut Session, chain: &mut Chain, limits: &Limits| {
             decode::generate(session, Some(&tokenizer), &request.prompt, chain, limits, |_| Ok(())).unwrap()
         };
-        // A stop string within what comes, for some.
+        // For some, a stop string within the text.
         if i % 4 == 1 {
             let without = alone(&mut session, &mut chain, &request.limits).text;
             let middle = without.chars().skip(9).take(2).collect::<String>();
@@ -238,7 +238,7 @@ fn requests_are_cancelled_wherever_they_are() {
     let (first, first_events, is_held, let_go) = holding(&prompt(1, 4), 10);
     let _first = scheduler.submit(first).unwrap();
     is_held.recv_timeout(Duration::from_secs(60)).unwrap();
-    // One is running by then, one waits, one has a reader that goes at once.
+    // Now one is running, one waits, and one has a reader that disconnects at once.
     let (running, running_events) = request(&prompt(2, 40), 80);
     let (waiting, waiting_events) = request(&prompt(3, 4), 10);
     let (unread, unread_events) = request(&prompt(4, 4), 10);
@@ -258,7 +258,7 @@ fn requests_are_cancelled_wherever_they_are() {
     let error = Given::all(&running_events).error();
     assert!(matches!(error, RequestError::Cancelled { generated: 1.. }), "{error}");
     assert_eq!(Given::all(&first_events).tokens.len(), 10);
-    // The place of each is free again.
+    // Their slots are free again.
     let (last, last_events) = request(&prompt(5, 4), 4);
     let _last = scheduler.submit(last).unwrap();
     assert_eq!(Given::all(&last_events).tokens.len(), 4);
@@ -310,7 +310,7 @@ fn a_sequence_ends_where_the_largest_cache_is_full() {
         (given.tokens.len(), given.finished().reason),
         (1, FinishReason::Capacity)
     );
-    // The prefix of the first was there: 120 tokens are seven whole chunks and a part.
+    // The prefix of the first was reused: 120 tokens are seven whole chunks and a part.
     assert_eq!(given.finished().reused, 112);
     let given = Given::all(&none_events);
     assert_eq!((given.tokens.len(), given.finished().reason), (0, FinishReason::Length));
@@ -380,7 +380,7 @@ fn draining_finishes_and_stopping_does_not() {
     }
 }
 
-/// A device of a model that gives token 5, until a sequence of this many tokens fails or panics.
+/// A device whose model always gives token 5, and fails or panics at a sequence of this many tokens.
 struct Faulty {
     at: usize,
     panics: bool,
@@ -494,7 +494,7 @@ fn a_request_that_fails_on_the_device_is_the_only_one() {
         "{error}"
     );
     let third = given.next().unwrap();
-    // Positions 15 to 19 went well.
+    // Positions 15 to 19 succeeded.
     assert_eq!(third.tokens, [5; 6]);
     assert!(third.end.unwrap().is_err());
     for given in given {
@@ -563,7 +563,7 @@ fn requests_wait_for_memory_and_end_where_there_is_none() {
         })
         .collect();
     let [a, b, too_long, grows, c] = [0, 1, 2, 3, 4].map(|i: usize| Given::all(&all[i].1));
-    // One at a time has room.
+    // There is room for one at a time.
     for given in [a, b, c] {
         assert_eq!(given.tokens, [5; 8]);
     }
@@ -582,7 +582,7 @@ fn a_panic_of_the_device_ends_what_is_there_and_refuses_the_rest() {
     let scheduler = on_faulty(8, true);
     let (bad, events) = request(&[3, 3], 10);
     let _bad = scheduler.submit(bad).unwrap();
-    // The events end without a last one.
+    // The events end without a final one.
     let given = Given::all(&events);
     assert!(given.end.is_none() && given.tokens.len() == 7, "{given:?}");
     let start = Instant::now();

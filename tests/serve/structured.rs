@@ -1,4 +1,4 @@
-//! Structured output: whatever the model would say, the text has the form that was asked for.
+//! Structured output: the text has the requested form, whatever the model predicts.
 
 use serde_json::{Value, json};
 
@@ -52,7 +52,7 @@ fn texts_have_the_form_that_is_asked_for() {
         assert_eq!(choice["finish_reason"], "stop");
     }
     assert!(choices.iter().any(|choice| choice["text"] != choices[0]["text"]));
-    // Alone the same, and where end tokens are ignored.
+    // The same alone, and with ignored end tokens.
     let alone = completion(&server, json!({"json_schema": schema(), "seed": 4}));
     assert_eq!(alone[0]["text"], choices[3]["text"]);
     let ignoring = completion(&server, json!({"json_schema": schema(), "seed": 9, "ignore_eos": true}));
@@ -72,7 +72,7 @@ fn texts_have_the_form_that_is_asked_for() {
         assert!(inside[..3].chars().all(|c| ('a'..='c').contains(&c)), "{text}");
         assert!(["x", "yz"].contains(&&inside[3..]), "{text}");
     }
-    // In a chat's stream.
+    // In a streamed chat.
     let body = json!({
         "messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}, "stream": true,
         "temperature": 1, "seed": 3, "max_tokens": 400, "logit_bias": {"96": 100},
@@ -83,7 +83,7 @@ fn texts_have_the_form_that_is_asked_for() {
         .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
         .collect();
     assert!(serde_json::from_str::<Value>(&text).unwrap().is_object(), "{text}");
-    // Other requests are as they were.
+    // Other requests are not affected.
     let plain = |server: &Server| completion(server, json!({"seed": 5, "max_tokens": 8}))[0]["text"].clone();
     assert_eq!(plain(&server), plain(&server));
 }
@@ -137,7 +137,7 @@ fn forms_that_cannot_be_followed_are_refused() {
             .2
             .starts_with("grammar: there is json_schema already")
     );
-    // As deep as JSON is read, and deeper.
+    // The maximum depth of JSON, and deeper.
     for (depth, status) in [(60, 200), (124, 200), (5000, 400)] {
         let (before, after) = ("{\"type\": \"array\", \"items\": ".repeat(depth), "}".repeat(depth));
         let body = format!("{{\"prompt\": [5], \"json_schema\": {before}{{}}{after}}}");

@@ -1,4 +1,4 @@
-//! Calls of tools, by a device that writes what a test says.
+//! Tool calls, with a device that writes a text given by the test.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -126,7 +126,7 @@ pub fn limited(template: &str, text: &str, limits: Limits) -> Server {
     Server::at(address.recv().unwrap())
 }
 
-/// As Qwen's, much shortened: tools before the conversation, calls and results in it.
+/// Like Qwen's, much shortened: tools before the conversation, calls and results in it.
 const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}:\
     {{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.b }}\
     </tool_call>{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}<|im_end|>{% endfor %}";
@@ -181,7 +181,7 @@ fn calls_are_read_out_of_text() {
     }
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 
-    // Without tools, or with none to choose, it is text.
+    // Without tools, or with the choice `none`, it is text.
     for more in [json!({"tools": []}), json!({"tool_choice": "none"})] {
         let answer = server.post("/v1/chat/completions", &body(more)).ok();
         let choice = &answer["choices"][0];
@@ -191,7 +191,7 @@ fn calls_are_read_out_of_text() {
         );
         assert!(choice["message"].get("tool_calls").is_none());
     }
-    // A call that is cut off is text, and the answer ends by its length.
+    // A truncated call is text, and the finish reason is the length.
     let answer = server
         .post("/v1/chat/completions", &body(json!({"max_tokens": 30})))
         .ok();
@@ -265,7 +265,7 @@ fn tools_that_cannot_be_called_are_refused() {
 
 #[test]
 fn calls_can_be_forced() {
-    // Whatever it wants to say.
+    // Whatever the model predicts.
     let server = server(TEMPLATE, "No, I will not.");
     let tool = |name: &str, parameters: Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
     let parameters = json!({

@@ -1,6 +1,6 @@
-//! The numbers of a format of bitsandbytes, for tests of everything that reads it.
+//! The values of a bitsandbytes format, for tests of its readers.
 
-/// Of `nf4`, by code, as the files of bitsandbytes have them.
+/// Values of `nf4` by code, as in bitsandbytes files.
 pub const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,

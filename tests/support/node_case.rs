@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use lapidary::onnx::proto::ModelProto;
 use prost::Message;
 
-/// Calls `check` with the name of each case, its folder, and an empty folder to write in: what was read stays mapped, and
-/// a mapped file must not be written again. Gives the number of cases.
+/// Calls `check` with the name of each case, its folder, and an empty folder for files: a file that was read stays
+/// mapped and must not be overwritten. Returns the number of cases.
 pub fn each_case(mut check: impl FnMut(String, &Path, &Path)) -> usize {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx-node-tests");
     let mut cases: Vec<PathBuf> = fs::read_dir(root)
@@ -26,8 +26,8 @@ pub fn each_case(mut check: impl FnMut(String, &Path, &Path)) -> usize {
     cases.len()
 }
 
-/// A case's model. It carries the opset that introduced its operator, which means the same in the nearest one that is
-/// read.
+/// A case's model. Its opset is the one that introduced its operator, which has the same meaning in the nearest
+/// supported one.
 pub fn model(case: &Path) -> ModelProto {
     let mut model = ModelProto::decode(fs::read(case.join("model.onnx")).unwrap().as_slice()).unwrap();
     for opset in &mut model.opset_import {

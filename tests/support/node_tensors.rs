@@ -1,5 +1,4 @@
-//! The tensors of ONNX's node tests, read by the product's own reader, and the comparison of what was computed with
-//! them.
+//! The tensors of ONNX's node tests, read by Lapidary's reader, and the comparison of results with them.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +7,7 @@ use lapidary::onnx::proto::{GraphProto, ModelProto, OperatorSetIdProto, TensorPr
 use lapidary::tensor::{DType, Tensor};
 use prost::Message;
 
-/// The `N`-th tensors of a case, decoded by the product's own reader.
+/// The `N`-th tensors of a case, decoded by Lapidary's reader.
 pub fn tensors(case: &Path, kind: &str, scratch: &Path) -> Vec<Tensor> {
     let files = (0..).map(|n| case.join(format!("test_data_set_0/{kind}_{n}.pb")));
     let initializer: Vec<TensorProto> = files
@@ -40,7 +39,8 @@ pub fn tensors(case: &Path, kind: &str, scratch: &Path) -> Vec<Tensor> {
     (0..count).map(|n| tensor(n).materialize().unwrap()).collect()
 }
 
-/// `found` is `wanted` in dtype, shape and, relative to `1 + |wanted|`, to the tolerance of its dtype.
+/// Checks that `found` equals `wanted` in dtype and shape, and in values within the tolerance of its dtype, relative to
+/// `1 + |wanted|`.
 pub fn compare(found: &Tensor, wanted: &Tensor, tolerance: impl Fn(DType) -> f64) -> Result<(), String> {
     if (found.dtype(), found.shape()) != (wanted.dtype(), wanted.shape()) {
         return Err(format!("{found:?} instead of {wanted:?}"));

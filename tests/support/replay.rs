@@ -1,4 +1,5 @@
-//! Runs the exports of fixtures/exports in the evaluator, perhaps rewritten, and compares with what ONNX Runtime computed.
+//! Runs the exports of fixtures/exports in the evaluator, optionally rewritten, and compares with ONNX Runtime's
+//! results.
 
 use std::collections::HashMap;
 use std::fs;
@@ -57,7 +58,7 @@ impl<'g> Run<'g> {
         run
     }
 
-    /// Zeros; a dim that is not a number is the batch in front, the width after, the length in between.
+    /// Zeros; a symbolic dim is the batch at the front, the width at the end, and the length in between.
     fn empty_cache(&self, id: ValueId) -> Tensor {
         let value = self.graph.value(id);
         let dims = value.shape.as_ref().expect("a typed input");
@@ -78,7 +79,7 @@ impl<'g> Run<'g> {
         Tensor::from_f64_as(value.dtype.unwrap(), shape, &zeros)
     }
 
-    /// The tensor of an input that is not a cache, by what exporters call it.
+    /// The tensor of an input that is not a cache, by exporters' names.
     fn other_input(&self, id: ValueId, tokens: &[i64]) -> Tensor {
         let value = self.graph.value(id);
         let rank = value.shape.as_ref().expect("a typed input").len();
@@ -110,7 +111,7 @@ impl<'g> Run<'g> {
         }
     }
 
-    /// Feeds tokens, keeps the caches, gives the logits of the last position.
+    /// Feeds tokens, keeps the caches, returns the logits of the last position.
     fn step(&mut self, tokens: &[i64]) -> Result<Vec<f64>, String> {
         let mut bindings = self.caches.clone();
         for id in &self.graph.inputs {
@@ -173,12 +174,12 @@ pub fn replay(folder: &Path, graph: &Graph) -> Result<(), String> {
     replay_within(folder, graph, None)
 }
 
-/// The same with another tolerance of the logits, beyond which a token may be another one too.
+/// The same with another tolerance of the logits; tokens may differ if their logits are within it.
 pub fn replay_within(folder: &Path, graph: &Graph, tolerance: Option<f64>) -> Result<(), String> {
     let text = fs::read_to_string(folder.join("reference.json")).unwrap();
     let reference: Reference = serde_json::from_str(&text).unwrap();
     let mut run = Run::new(graph, &reference);
-    // Engines round differently within a half type; where that is coarse, two tokens may change places.
+    // Engines round differently in half types; if that is coarse, two tokens may swap ranks.
     let exact = tolerance.is_none() && reference.dtype != "bf16";
     let tolerance = tolerance.unwrap_or(match reference.dtype.as_str() {
         "fp16" => 3e-2,

@@ -1,4 +1,4 @@
-//! Canonical graphs whose attention rounds.
+//! Canonical graphs with rounding inside attention.
 
 use lapidary::graph::Graph;
 use lapidary::graph::op::{Op, RoundedAttention, Rounding};

@@ -53,7 +53,7 @@ fn every_place_that_may_hold_tokens_builds() {
         DType::F16,
         shape(["2*tokens", "4"]),
     );
-    // Half of each head, for every token: a size that must be told.
+    // Half of each head, for every token: a size that must be given.
     let half = LayerKind::Slice {
         start: vec![0, 0, 0, 2],
         size: shape(["1", "2", "tokens", "2"]),

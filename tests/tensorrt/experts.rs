@@ -1,5 +1,5 @@
-//! Mixtures of experts become engines: chosen matrices gathered for one token, all experts for several, in fp32 and fp16, of
-//! bound weights and of embedded ones, quantized ones included.
+//! Mixtures of experts become engines: chosen matrices gathered for one token, all experts for several, in fp32 and
+//! fp16, with bound, embedded and quantized weights.
 
 use std::path::Path;
 

@@ -1,6 +1,6 @@
 //! Every export under fixtures/exports becomes engines: decode, prefill chunk and dynamic prefill, bound and embedded.
 //!
-//! Exports of one family have the same weights. Where two lower to the same network but for names, one engine is built.
+//! Exports of one family have the same weights. If two lower to the same network except for names, one engine is built.
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -16,7 +16,7 @@ use lapidary::{onnx, passes};
 
 use crate::models::{profiles, try_build};
 
-/// One test a family, so that they run side by side.
+/// One test per family, so that they run in parallel.
 const FAMILIES: [&str; 5] = ["gpt2", "llama", "mistral", "qwen2", "qwen3"];
 
 fn exports() -> Vec<String> {
@@ -30,7 +30,7 @@ fn exports() -> Vec<String> {
     names
 }
 
-/// What TensorRT gets of a network, without names: layers, types, and dtypes and shapes of weights.
+/// The parts of a network that TensorRT gets, without names: layers, types, and dtypes and shapes of weights.
 fn structure(network: &Network) -> String {
     let mut text = format!("{}\n{:?} {:?}\n", network.profile, network.inputs, network.outputs);
     for tensor in &network.tensors {
@@ -122,7 +122,7 @@ fn qwen3_exports_build() {
     family_builds("qwen3");
 }
 
-/// A decoder that takes embeddings, with and without halves: what a multimodal model's folder has.
+/// A decoder that takes embeddings, with and without half types, as in a multimodal model's folder.
 #[test]
 fn a_decoder_of_embeddings_builds() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports/llama-optimum/model.onnx");

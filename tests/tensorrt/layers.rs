@@ -34,9 +34,9 @@ fn ordinal(kind: &LayerKind) -> usize {
         LayerKind::KvCacheUpdate => 18,
         LayerKind::Dequantize(_) => 19,
         LayerKind::TopK { .. } => 20,
-        // TensorRT has no layer for it: lowering for engines gives others.
+        // TensorRT has no layer for it: lowering for engines uses others.
         LayerKind::Experts { .. } => 21,
-        // Kernels of ours run them, between engines.
+        // Lapidary's kernels run them, between engines.
         LayerKind::RowProduct(_) => 22,
         LayerKind::DecodeAttention(_) => 23,
     }

@@ -1,4 +1,4 @@
-//! Finding the library, with that of TensorRT-RTX at hand.
+//! Finding the library when TensorRT-RTX is installed.
 
 use std::path::Path;
 

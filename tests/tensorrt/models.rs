@@ -1,4 +1,4 @@
-//! Whole decoders through the real lowering: every relative of Llama that it knows, and the largest shape.
+//! Whole decoders through the real lowering: every supported relative of Llama, and the largest shape.
 
 use lapidary::backend::tensorrt::{self, BuildOptions, Plan};
 use lapidary::graph::Graph;
@@ -125,7 +125,7 @@ fn every_choice_of_the_lowering_builds() {
     }
 }
 
-/// What is summed in fp32 is stored in two bytes a number all the same: TensorRT would fold the cast of a constant.
+/// Weights that are summed in fp32 are still stored in two bytes per value: TensorRT would fold the cast of a constant.
 #[test]
 fn embedded_halves_stay_halves() {
     let decoder = Decoder {
@@ -226,8 +226,8 @@ fn attention_that_rounds_builds() {
     }
 }
 
-/// Families whose norms, experts or latent caches stand between layers of our own: every segment builds, and segments of equal
-/// layers share a plan.
+/// Families with norms, experts or latent caches between Lapidary's own layers: every segment builds, and segments of
+/// equal layers share a plan.
 #[test]
 fn segments_between_layers_of_our_own_build() {
     let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");

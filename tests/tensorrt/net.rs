@@ -1,4 +1,4 @@
-//! Tiny networks by hand, and the one library that all tests share.
+//! Tiny hand-written networks, and the library shared by all tests.
 
 use lapidary::backend::tensorrt::{self, BuildOptions, EngineBuildError, Library, Plan};
 use lapidary::dim::Dim;

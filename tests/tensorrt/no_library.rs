@@ -1,5 +1,5 @@
-//! What is not the library that this is compiled for, TensorRT-RTX or full TensorRT: each is refused before a call into it,
-//! and the message names what was looked for. Needs no real library.
+//! Files other than the library of this build (TensorRT-RTX or full TensorRT): each is refused before a call into it,
+//! and the message names the searched locations. Needs no real library.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use lapidary::backend::tensorrt::flavour::{ENTERPRISE, RTX};
 use lapidary::backend::tensorrt::{FLAVOUR, Library, LibraryError, LibrarySource};
 use lapidary::help::Help;
 
-/// A shared object that says it is a TensorRT of this version, as `getInferLibVersion` encodes it, and does no more.
+/// A shared object that only reports a version of TensorRT, encoded as by `getInferLibVersion`.
 fn impostor(folder: &Path, name: &str, version: i32, builder: bool) -> PathBuf {
     let (path, source) = (folder.join(name), folder.join("impostor.c"));
     let builder = if builder {
@@ -99,7 +99,7 @@ fn child_that_searches() {
     }
 }
 
-/// What a process with just these variables finds.
+/// The library found by a process with only these variables.
 pub fn search_with(variables: &[(&str, &Path)]) -> String {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "--ignored", "--nocapture", "no_library::child_that_searches"])
@@ -162,7 +162,7 @@ fn a_runtime_that_cannot_build() {
     );
 }
 
-/// The loader finds either name, and where there is none the message has all that was looked for.
+/// The loader finds either name; without one, the message lists all searched locations.
 #[test]
 fn the_loaders_path() {
     let headers = FLAVOUR.headers;

@@ -1,4 +1,4 @@
-//! Quantized weights in engines: every kind of codes builds in every form and mode, and what is embedded stays codes.
+//! Quantized weights in engines: every kind of codes builds in every form and mode, and embedded weights stay codes.
 
 use lapidary::backend::tensorrt::{self, BuildOptions};
 use lapidary::graph::{Constant, Graph};
@@ -33,7 +33,7 @@ fn decoder(codes: Option<Codes>) -> Graph {
     let mut count = 0;
     decoder.graph_with(|name, dtype, shape| {
         count += 1;
-        // Of finite numbers in every dtype, and no two weights alike, which TensorRT would keep once.
+        // Finite values in every dtype, and no two equal weights, since TensorRT would store them once.
         let noise = |i: usize| ((i as u64 + (count << 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u8 & 0x37;
         let part = |dtype, shape: &[usize]| Constant::tensor(bytes_of(dtype, shape, noise));
         match codes.filter(|_| name.contains("proj")) {
@@ -159,7 +159,7 @@ fn embedded_codes_take_their_bits() {
             _ => 0.1,
         };
         let expected = (16.0 - bits - more) / 8.0 * count as f64;
-        // Of such a small model kernels are a part, and differ; widened, codes would save nothing.
+        // In a small model kernels take part of the plan and differ; widened codes would save nothing.
         let least = if bits < 16.0 { expected * 0.5 } else { expected - 300e3 };
         assert!(
             saved > least,

@@ -1,4 +1,4 @@
-//! Networks that cannot be: each is refused at its layer, by name, with shapes and with TensorRT's own words.
+//! Invalid networks: each is refused at its layer, by name, with shapes and TensorRT's own message.
 
 use lapidary::backend::tensorrt::EngineBuildError;
 use lapidary::network::{Elementwise, LayerKind, MatrixOp, TensorId};

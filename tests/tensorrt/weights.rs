@@ -10,7 +10,7 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::net::{Net, build, bytes_of, dims, library};
 
-/// Bytes that repeat nowhere, so that finding them in a plan proves that the weight is there.
+/// Bytes without repetition, so that finding them in a plan proves that it contains the weight.
 fn noise(i: usize) -> u8 {
     let mixed = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     // Below 0x78 in the upper byte of each half: finite numbers only.
@@ -41,7 +41,7 @@ fn holds(plan: &[u8], row: &[u8]) -> bool {
 #[test]
 fn an_embedded_weight_is_in_the_plan_and_a_bound_one_is_not() {
     let weight = bytes_of(DType::F16, &[1, 64, 32], noise);
-    // TensorRT may lay rows out anew, but it keeps short runs together.
+    // TensorRT may reorder rows, but it keeps short runs contiguous.
     let run = weight.data().slice(128..144);
     let embedded = build(&linear(weight.clone(), WeightMode::Embed)).unwrap();
     assert!(holds(embedded.bytes(), &run), "the weight's bytes are in the plan");
@@ -121,7 +121,7 @@ fn refittable_weights_build_with_a_driver_and_say_so_without() {
             assert!(error.help().unwrap().contains("--weights bind"), "{error}");
         }
     }
-    // Bound weights can be exchanged at any time, so a wish to refit asks nothing of TensorRT.
+    // Bound weights can be replaced at any time, so a refit mode needs nothing from TensorRT.
     let options = BuildOptions {
         refit: Refit::General,
         ..Default::default()

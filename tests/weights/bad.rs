@@ -1,4 +1,4 @@
-//! Weights that are not good: each is refused with one message that names every obstacle, and nothing has changed.
+//! Invalid weights: each is refused with one message that names every obstacle, and nothing is changed.
 
 use std::path::{Path, PathBuf};
 
@@ -104,7 +104,7 @@ fn extra_tensors_are_named_and_can_be_ignored() {
         "adapter.gate".into(),
         TensorView::new(Dtype::F32, vec![2], &data).unwrap(),
     ));
-    // What every checkpoint of old carries is no obstacle.
+    // Buffers of older checkpoints are ignored.
     all.push((
         "model.layers.0.self_attn.rotary_emb.inv_freq".into(),
         TensorView::new(Dtype::F32, vec![2], &data).unwrap(),
@@ -156,7 +156,7 @@ fn numbers_no_model_can_use() {
     lapidary(["refit", text(&half.pkg), "--from", text(&full.file), "--allow-overflow"]).ok();
 }
 
-/// An export whose largest weight has other numbers, and that weight's name.
+/// An export whose largest weight has other values, and that weight's name.
 fn poisoned(to: &Path, numbers: [f32; 2]) -> String {
     let mut model = ModelProto::decode(std::fs::read(export("llama-optimum")).unwrap().as_slice()).unwrap();
     let graph = model.graph.as_mut().unwrap();
@@ -367,7 +367,7 @@ fn a_tied_head_that_is_not_the_embedding() {
     }
 }
 
-/// Shapes cannot tell a square matrix from its transpose; the hashes of the weights that the package had can.
+/// Shapes cannot distinguish a square matrix from its transpose; the hashes of the package's weights can.
 #[test]
 fn transposed_twice() {
     let folder = tempfile::tempdir().unwrap();

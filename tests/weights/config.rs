@@ -114,7 +114,7 @@ fn the_configuration_that_fits_is_accepted() {
     for name in names {
         let name = name.unwrap().file_name().into_string().unwrap();
         let family = name.split('-').next().unwrap();
-        // These exporters leave the window out, which is what a configuration that has it must be refused for.
+        // These exporters drop the window, so a configuration with a window must be refused.
         let windowless = ["mistral-mobius", "mistral-mobius-static", "mistral-ort-genai"].contains(&name.as_str());
         if !name.contains('-') {
             continue;
@@ -271,7 +271,7 @@ fn every_field_that_contradicts_is_named_with_both_values() {
     }
 }
 
-/// None of these changes what is computed, or none is understood.
+/// These fields do not change results, or are not supported.
 #[test]
 fn what_does_not_contradict() {
     let model = export("llama-optimum");
@@ -295,7 +295,7 @@ fn what_does_not_contradict() {
         assert_eq!(contradictions(&model, &config, UNTIED), [] as [&str; 0], "{change}");
     }
     assert_eq!(contradictions(&model, &json!({}), UNTIED), [] as [&str; 0]);
-    // Of a multimodal model: what stands outside is of another part.
+    // For a multimodal model: outer fields belong to another part.
     let nested = json!({"model_type": "llava", "hidden_size": 1000, "text_config": config_of("llama")});
     assert_eq!(contradictions(&model, &nested, UNTIED), [] as [&str; 0]);
     let nested = json!({"model_type": "llava", "text_config": with(&config_of("llama"), json!({"rope_theta": 5e5}))});

@@ -1,5 +1,5 @@
-//! Weights of an export that lost their names and whose structure says nothing: found by their numbers in a checkpoint that
-//! is given once, and by the names learned from it ever after.
+//! Weights of an export without names and without a recognizable structure: found by their values in a checkpoint that
+//! is given once, and afterwards by the names learned from it.
 
 use std::path::Path;
 
@@ -12,8 +12,8 @@ use crate::lora::adapter;
 use crate::refit::{change, export, set_hash, tokens};
 use crate::support::{lapidary, package, text};
 
-/// The Llama export as an exporter could have made it that names nothing and negates the up projection twice: the same
-/// function, but no rule knows that shape of a feed-forward block.
+/// The Llama export without names and with the up projection negated twice: the same function, but no rule recognizes
+/// this form of a feed-forward block.
 fn nameless(to: &Path) {
     let mut model = ModelProto::decode(std::fs::read(export("llama-optimum")).unwrap().as_slice()).unwrap();
     let graph = model.graph.as_mut().unwrap();
@@ -59,7 +59,7 @@ fn weights(pkg: &Path) -> Vec<Value> {
 fn names_learned_from_numbers() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    // What is known: a package of the same model, and its checkpoint.
+    // Known: a package of the same model, and its checkpoint.
     let plain = package(folder.path(), &export("llama-optimum"), &["--capacity", "32"]);
     let (hf, tune) = (at("hf"), at("tune"));
     for to in [&hf, &tune] {
@@ -92,13 +92,13 @@ fn names_learned_from_numbers() {
             .count();
         assert_eq!(unknown, 4, "up and down of two layers");
 
-        // A fine-tune alone tells nothing: its numbers are others.
+        // A fine-tuned model alone is not enough: its values differ.
         let (message, help) = lapidary(["refit", text(&pkg), "--from", text(&tune)]).refused();
         assert!(message.contains("missing: val_"), "{message}");
         assert!(help.contains("refit once from the checkpoint"), "{help}");
         assert_eq!(set_hash(&pkg), hash, "nothing has changed");
 
-        // The weights that the package has, stripped or not, tell all.
+        // The package's original weights, stripped or not, are enough.
         let bare = at(&format!("{dtype}-bare"));
         lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok();
         let checked = lapidary(["weights", text(&bare), "--check", text(&hf), "--json"])
@@ -118,7 +118,7 @@ fn names_learned_from_numbers() {
         }
         assert_eq!(learned.len(), 4);
 
-        // From now on fine-tunes fit, and are what they are in a package that knew all the time.
+        // Now fine-tuned models fit, with the same result as in a package that recognized the structure.
         lapidary(["refit", text(&bare), "--from", text(&tune)]).ok();
         let known = at(&format!("{dtype}-known"));
         lapidary([
@@ -142,7 +142,7 @@ fn names_learned_from_numbers() {
         assert_eq!(numbers(&bare), numbers(&known));
         assert_eq!(tokens(&bare, "llama-optimum"), tokens(&known, "llama-optimum"));
 
-        // An adapter changes them too.
+        // An adapter applies too.
         let change = at("adapter");
         let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["up_proj"]}"#;
         let shape = weights(&known)
@@ -158,7 +158,7 @@ fn names_learned_from_numbers() {
     }
 }
 
-/// Where two tensors hold the same numbers, nothing is guessed.
+/// If two tensors have the same values, nothing is guessed.
 #[test]
 fn equal_tensors_are_not_guessed() {
     let folder = tempfile::tempdir().unwrap();
@@ -187,7 +187,7 @@ fn equal_tensors_are_not_guessed() {
     }
 }
 
-/// The same where the structure is known and it is the checkpoint whose names say nothing.
+/// The same if the structure is known but the checkpoint's names are not.
 #[test]
 fn a_checkpoint_whose_names_nobody_knows() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
-//! A package is its own weights: every export, in every precision, against itself, its export, and what it exports.
+//! Invariants of refits: every export, in every precision, with the package's own weights, its export's, and those that
+//! it writes.
 //!
-//! Every export that converts is tried, half of the fixtures in fp16 and the other half in bf16; what does not convert is another
-//! test's. `LAPIDARY_EXPORTS` names a folder with more.
+//! Every export that converts is tried, half of the fixtures in fp16 and the other half in bf16; other tests cover
+//! exports that do not convert. `LAPIDARY_EXPORTS` names a folder with more.
 
 use std::path::{Path, PathBuf};
 
@@ -92,7 +93,7 @@ fn check(what: &str, model: &Path, package: &Package, folder: &Path, counts: &mu
                 counts.checkpoints += 1;
                 sources.push((name, WeightSource::open(&to, &context).unwrap()));
             }
-            // Refused, by name, and nothing is there.
+            // Refused by name, with no output.
             Err(e @ (ExportError::Io { .. } | ExportError::Write(_))) => panic!("{what}: {name}: {e}"),
             Err(_) => counts.expect(!to.exists(), || {
                 format!("{what}: {name} was refused, and something is there")
@@ -110,7 +111,7 @@ fn check(what: &str, model: &Path, package: &Package, folder: &Path, counts: &mu
         };
         let different = differing_weights(&manifest.weights, &found.weights).unwrap();
         counts.expect(different.is_empty(), || format!("{what} from {name}: {different:?}"));
-        // Stripped and brought back it has the same weights, and so gives the same tokens.
+        // After strip and refit it has the same weights, and so the same tokens.
         let bare = folder.join(format!("bare-{i}"));
         package::strip(package, &bare, true).unwrap();
         let stripped = Package::open(&bare).unwrap();
@@ -129,7 +130,7 @@ fn check(what: &str, model: &Path, package: &Package, folder: &Path, counts: &mu
             && refitted.architecture_hash == manifest.architecture_hash
             && set_hash(&refitted.constants) == set_hash(&manifest.constants);
         counts.expect(same, || format!("{what} refitted from {name} is another package"));
-        // One of them shows it.
+        // One check is enough.
         if i + 1 == sources.len() {
             let (before, after) = (tokens(package), tokens(&Package::open(&bare).unwrap()));
             counts.expect(before == after, || {
@@ -157,7 +158,7 @@ impl Part {
     }
 }
 
-/// Converts part of what is below a folder in one precision and checks what converts.
+/// Converts some of the exports below a folder in one precision and checks those that convert.
 fn check_all(folder: &Path, dtype: Option<&str>, part: Part) -> Counts {
     let mut counts = Counts::default();
     for (_, model) in exports(folder).into_iter().enumerate().filter(|(i, _)| part.has(*i)) {
@@ -213,7 +214,8 @@ fn packages_in_bf16() {
     check_everything(Some("bf16"), Part::Odd);
 }
 
-/// Exports of quantized weights, made here of those that are not: in blocks with zero points, and in signed codes a row.
+/// Exports with quantized weights, made here from unquantized ones: in blocks with zero points, and in signed codes per
+/// row.
 #[test]
 fn packages_of_quantized_weights() {
     let folder = tempfile::tempdir().unwrap();

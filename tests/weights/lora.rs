@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use crate::refit::{export, set_hash};
 use crate::support::{lapidary, package, text};
 
-/// Writes an adapter: layers with (out, in), rank 2, numbers from a small formula.
+/// Writes an adapter: layers with (out, in), rank 2, values from a small formula.
 pub fn adapter(folder: &Path, layers: &[(&str, usize, usize)], config: &str) {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("adapter_config.json"), config).unwrap();
@@ -234,7 +234,7 @@ fn rank_stabilised_and_plain_scales() {
     close(&plain[0], &formula(&plain, 3.0, false));
     let stabilised = merged(r#"{"r": 2, "lora_alpha": 6, "use_rslora": true}"#, None, false).unwrap();
     close(&stabilised[0], &formula(&stabilised, 6.0 / 2f64.sqrt(), false));
-    // Null is what PEFT writes for what is not set; alpha is 8 then.
+    // PEFT writes null for unset values; alpha is then 8.
     let null = r#"{"peft_type": null, "r": 2, "lora_alpha": null, "alpha_pattern": null, "rank_pattern": null, "use_rslora": null}"#;
     let null = merged(null, None, false).unwrap();
     close(&null[0], &formula(&null, 4.0, false));
@@ -247,7 +247,7 @@ fn dora_gives_rows_their_lengths() {
         let found = merged(config, Some(end), false).unwrap();
         close(&found[0], &formula(&found, 3.0, true));
     }
-    // A base that keeps [in, out], as GPT-2 does: rows are those of the layer and not of the file.
+    // A base that stores [in, out], like GPT-2: rows are those of the layer, not of the file.
     let turned = config.replace("\"r\": 2", "\"r\": 2, \"fan_in_fan_out\": true");
     let found = merged(&turned, Some(""), true).unwrap();
     close(&found[0], &formula(&found, 3.0, true));

@@ -1,4 +1,4 @@
-//! Modules read off canonical graphs: every exporter's weights are the same once one knows what they are.
+//! Modules derived from canonical graphs: all exporters' weights agree once their modules are known.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,7 +39,7 @@ fn exports() -> Vec<(String, std::path::PathBuf)> {
     all
 }
 
-/// Every module of an export, as numbers.
+/// The values of every module of an export.
 fn numbers(weights: &ModelWeights) -> BTreeMap<String, Vec<f32>> {
     let modules = weights.names(NameKind::Module).into_iter();
     let numbers = modules.map(|name| {
@@ -65,7 +65,7 @@ fn every_weight_of_every_export_is_some_module() {
 
 #[test]
 fn exporters_of_one_model_agree_on_every_module() {
-    /// An export, its modules as numbers, and its graph.
+    /// An export, its modules' values, and its graph.
     type First = (String, BTreeMap<String, Vec<f32>>, passes::Canonical);
     let mut families: BTreeMap<String, First> = BTreeMap::new();
     let mut compared = 0;
@@ -78,7 +78,7 @@ fn exporters_of_one_model_agree_on_every_module() {
         let (first, expected, canonical) = families
             .entry(family)
             .or_insert_with(|| (name.clone(), found.clone(), canonical(&model)));
-        // What weights are trained for is the same, too.
+        // The architecture for which the weights were trained also agrees.
         let source = WeightSource::package(&model, weights, this.graph, this.architecture);
         let checked = config::check(&source, &canonical.graph, &canonical.architecture, None);
         checked.unwrap_or_else(|e| panic!("{name} for {first}: {e}"));
@@ -89,7 +89,7 @@ fn exporters_of_one_model_agree_on_every_module() {
         };
         for (module, expected) in expected.iter() {
             let Some(found) = found.get(module) else {
-                // An export may hold the head apart from the embedding it is tied to, or the other way round.
+                // An export may store a tied head separately from the embedding, or the other way round.
                 assert_eq!(module, "head.weight", "{name} has no {module}, which {first} has");
                 continue;
             };
@@ -149,7 +149,7 @@ fn modules_are_what_their_names_in_torch_say() {
             let Some((name, found)) = convention.find(module, gated, |n| parameters.get(n).cloned(), &rows) else {
                 continue;
             };
-            // Where dynamo folded the transpose into the parameter it is turned; numbers still tell.
+            // If dynamo folded the transpose into the parameter, it is transposed; the values still identify it.
             let (a, b) = (found.materialize().unwrap(), constant.materialize().unwrap());
             if a.shape() == b.shape() {
                 assert_eq!(a.to_f32(), b.to_f32(), "{export}: {module} is not {name}");

@@ -1,4 +1,4 @@
-//! Quantized weights: what ONNX Runtime makes of the form they are written in, files of weights, and whole packages.
+//! Quantized weights: the written form in ONNX Runtime, files of weights, and whole packages.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +17,7 @@ use lapidary::{lower, onnx, passes};
 
 use crate::support::{fixture, lapidary as program, text};
 
-/// Numbers with no pattern, between -1 and 1.
+/// Pseudorandom numbers between -1 and 1.
 fn numbers(count: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -75,7 +75,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob('*.onnx')):
     path.with_suffix('.f32').write_bytes(result.astype(numpy.float32).tobytes())
 ";
 
-/// What we write as `DequantizeLinear` means in ONNX Runtime, to the last bit, what it means here.
+/// Our `DequantizeLinear` gives bit-identical values in ONNX Runtime.
 #[test]
 fn onnx_runtime_agrees() {
     let Some(python) = std::env::var_os("LAPIDARY_PYTHON") else {
@@ -106,7 +106,7 @@ fn onnx_runtime_agrees() {
                 lapidary::graph::infer(&mut graph).unwrap();
                 let path = folder.path().join(format!("{name}.onnx"));
                 onnx::write(&graph, &path, None).unwrap();
-                // And the same is read back.
+                // And it is read back unchanged.
                 let read = onnx::read(&path).unwrap();
                 let back = read.constant(read.find("w").unwrap()).unwrap();
                 assert_eq!(format!("{back:?}"), format!("{weight:?}"), "{name}");
@@ -128,7 +128,7 @@ fn onnx_runtime_agrees() {
     }
 }
 
-/// Every form and every packed type, in one file, by way of what any reader of safetensors understands.
+/// Every form and every packed type, in one valid safetensors file.
 #[test]
 fn a_file_of_quantized_weights_is_read_back() {
     let folder = tempfile::tempdir().unwrap();
@@ -150,7 +150,7 @@ fn a_file_of_quantized_weights_is_read_back() {
             let weight = quantized(dtype, DType::F16, &[4, 32], granularity, zero_points);
             weights.push((format!("{dtype}.{i}"), weight));
         }
-        // Not quantized, only narrow; of a size that ends within a byte.
+        // Not quantized, only narrow, with a size that ends within a byte.
         weights.push((format!("{dtype}.alone"), Constant::tensor(codes(dtype, &[3, 3], 5))));
     }
     let scales = quantized(DType::F8E4M3Fn, DType::F32, &[4, 2], Granularity::Tensor, false);
@@ -177,7 +177,7 @@ fn a_file_of_quantized_weights_is_read_back() {
     let source = WeightSource::open(&path, &context).unwrap();
     let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();
     for ((name, weight), stored) in weights.iter().zip(&stored) {
-        // The same bytes under another name are stored, and found, once.
+        // Equal bytes under another name are stored once, and found.
         let Some(back) = source.tensors.get(name) else {
             assert!(stored.tensors()[0].same_as.is_some(), "{name} is not in {names:?}");
             continue;
@@ -225,9 +225,9 @@ fn bad_scales_are_named_before_anything_is_written() {
 /// How [`quantized_model`] quantizes.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Form {
-    /// In blocks of 8 with zero points, or per channel where blocks do not divide.
+    /// In blocks of 8 with zero points, or per channel if blocks do not divide.
     Blocks,
-    /// In signed codes of 8 bits, a scale a row.
+    /// In signed codes of 8 bits, one scale per row.
     Rows,
 }
 
@@ -356,7 +356,7 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
         table.stdout
     );
 
-    // Opened, every byte checked, read back as what it was.
+    // Opened, every byte checked, read back unchanged.
     let package = Package::open(&pkg).unwrap();
     assert_eq!(package.manifest, manifest);
     package.check_hashes().unwrap();
@@ -372,7 +372,7 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
             "{name}"
         );
     }
-    // A second package of what was read has the same weights.
+    // A second package from the read graph has the same weights.
     let again = passes::Canonical { graph, ..canonical };
     let second = write(&folder.path().join("again"), &again).unwrap();
     let hashes = |m: &Manifest| -> BTreeMap<String, String> {
@@ -382,7 +382,7 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
     let (first, second) = (hashes(&manifest), hashes(&second));
     assert!(first.iter().all(|(name, hash)| second.get(name) == Some(hash)));
 
-    // It runs, on the values that the codes stand for.
+    // It runs with the dequantized values.
     let network = lower::lower(&again.graph, &Profile::decode(16), &lower::LowerOptions::default()).unwrap();
     assert!(network.weights.iter().any(|w| w.constant.as_quantized().is_some()));
     let answer = program([
@@ -396,7 +396,7 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
     ]);
     assert_eq!(answer.status, 0, "{}", answer.stderr);
 
-    // Stripped, it says what is missing; a changed byte of a scale is found.
+    // Stripped, it reports missing weights; a changed byte of a scale is detected.
     let stripped = folder.path().join("stripped");
     package::strip(&package, &stripped, false).unwrap();
     let architecture = Package::open(&stripped).unwrap().architecture().unwrap();
@@ -416,7 +416,7 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
     assert!(error.to_string().contains(&quantized[0].name), "{error}");
 }
 
-/// What a file says of a quantized weight is checked when it is read, by name.
+/// A file's description of a quantized weight is checked when read, and refused by name.
 #[test]
 fn a_graph_whose_parts_do_not_fit_is_refused() {
     let folder = tempfile::tempdir().unwrap();

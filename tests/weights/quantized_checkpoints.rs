@@ -1,5 +1,5 @@
-//! Quantized checkpoints of Hugging Face into quantized packages: every format is packed here by its own rules, and what is
-//! read must be the values of its formula.
+//! Quantized checkpoints of Hugging Face into quantized packages: every format is packed here by its own rules, and the
+//! read values must equal its formula.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ const LAYERS: [(&str, &str, usize, usize); 7] = [
     ("feed_forward.down", "mlp.down_proj", 32, 48),
 ];
 
-/// Numbers below `range` with no pattern, the same for the same seed.
+/// Pseudorandom numbers below `range` from a seed.
 fn numbers(count: usize, range: u64, seed: u64) -> Vec<u32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -42,7 +42,7 @@ fn numbers(count: usize, range: u64, seed: u64) -> Vec<u32> {
     (0..count).map(|_| next()).collect()
 }
 
-/// What a layer of a checkpoint means.
+/// The values of a checkpoint's layer.
 #[derive(Clone)]
 struct Layer {
     out: usize,
@@ -94,7 +94,7 @@ impl Layer {
     }
 }
 
-/// `[rows, columns]` turned.
+/// `[rows, columns]` transposed.
 fn turned<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
     let rows = values.len() / columns;
     (0..columns)
@@ -214,7 +214,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// The layers' matrices in codes of a form; embedding, head and norms in floats.
+    /// The layers' matrices in codes of one form; embedding, head and norms in floats.
     fn new(codes: DType, granularity: impl Fn(usize) -> Granularity, zero_points: bool) -> Scene {
         Scene::of(codes, granularity, zero_points, false)
     }
@@ -279,7 +279,7 @@ impl Scene {
         Scene { folder, pkg, plain }
     }
 
-    /// The plain tensors, and what `pack` makes of each layer.
+    /// The plain tensors, and the result of `pack` for each layer.
     fn checkpoint(&self, pack: impl Fn(&str, usize, usize, u64) -> Checkpoint) -> Checkpoint {
         let mut tensors = self.plain.clone();
         for n in 0..2 {
@@ -295,7 +295,7 @@ impl Scene {
         save(&self.folder.path().join(name), tensors, Some(config))
     }
 
-    /// The whole message and help of a refit that is refused; the package stays as it is.
+    /// The whole message and help of a refused refit; the package is unchanged.
     fn refused(&self, name: &str, tensors: &Checkpoint, config: Value) -> String {
         let from = self.save(name, tensors, config);
         let before = std::fs::read(self.pkg.join("manifest.json")).unwrap();
@@ -304,7 +304,7 @@ impl Scene {
         format!("{message}\n{help}")
     }
 
-    /// Refits and compares every layer with the values that the formula gives.
+    /// Refits and compares every layer with its formula.
     fn refitted(&self, from: &Path, values: impl Fn(usize, usize, u64) -> Vec<f32>) {
         let forms = |pkg: &Package| -> Vec<Option<String>> {
             let weights = pkg.manifest.weights.tensors.iter();
@@ -346,7 +346,7 @@ fn rows() -> impl Fn(usize) -> Granularity {
 fn gptq_layer(layer: &Layer, name: &str, stored_less: u32) -> Checkpoint {
     let (out, depth, bits, groups) = (layer.out, layer.depth, layer.bits, layer.groups());
     let each = 32 / bits;
-    // Words along the inputs: the turned matrix in rows of inputs, then turned as words.
+    // Words along the inputs: the transposed matrix in rows of inputs, then transposed as words.
     let qweight = words(&layer.codes, depth, bits, &RISING);
     let zeros: Vec<u32> = turned(&layer.zeros, groups).iter().map(|z| z - stored_less).collect();
     let index: Vec<u32> = (0..depth).map(|i| (i / layer.group) as u32).collect();
@@ -755,7 +755,7 @@ fn an_adapter_on_codes_is_refused_by_name() {
     }
 }
 
-/// Columns are in the order of their groups, and so is what the package's layers take.
+/// Columns are in the order of their groups, like the inputs of the package's layers.
 #[test]
 fn gptq_in_another_order() {
     let scene = Scene::of(DType::U4, blocks(16), true, true);
@@ -781,7 +781,7 @@ fn gptq_in_another_order() {
             .map(|(row, input)| value(row, input))
             .collect()
     });
-    // Another order, and none, are no weights of this package.
+    // Another order, or none, does not fit this package.
     let other = |groups: &dyn Fn(usize) -> Vec<u32>| {
         let mut tensors = tensors.clone();
         let name = "model.layers.0.mlp.down_proj.g_idx";
@@ -796,7 +796,7 @@ fn gptq_in_another_order() {
     );
     let refused = other(&|depth| (0..depth).map(|i| (i / 16) as u32).collect());
     assert!(refused.contains("its columns are as the inputs come"), "{refused}");
-    // Nor are the same matrices of a package whose layers take their inputs as they come.
+    // The same matrices do not fit a package whose layers take inputs in their original order either.
     let plain = Scene::new(DType::U4, blocks(16), true);
     let (message, _) = lapidary(["refit", text(&scene.pkg), "--from", text(&plain.pkg)]).refused();
     assert!(message.contains("its columns are as the inputs come"), "{message}");
@@ -922,7 +922,7 @@ fn pruned_refitted_and_verified_on_a_task() {
         ];
         lapidary([&args, flags].concat())
     };
-    // What the whole package answers is what the refitted one must.
+    // The refitted package must give the original's answers.
     let task = at("task.jsonl");
     let lines = |reference: &dyn Fn(usize) -> String| -> String {
         let line = |(i, prompt): (usize, &str)| json!({"prompt": prompt, "reference": reference(i)}).to_string() + "\n";

@@ -1,7 +1,7 @@
-//! A package on a disk that cannot be written: it runs, and what would change it is refused and changes nothing.
+//! A package on a read-only disk: it runs, and commands that would change it are refused and change nothing.
 //!
-//! Permissions stop nobody who is root, as tests in containers are, so the package lies on a read-only mount that only the
-//! program under test sees.
+//! Permissions do not restrict root, which tests in containers usually are, so the package is on a read-only mount that
+//! only the program under test sees.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::refit::{export, set_hash, tokens};
 use crate::support::{Run, command, names, package, text};
 
-/// `unshare` with what it takes here to get a mount namespace; `None`: not allowed.
+/// `unshare` with the flags for a mount namespace on this machine; `None`: not allowed.
 fn unshare() -> Option<&'static [&'static str]> {
     let ways: [&[&str]; 2] = [&["-m"], &["-rm"]];
     ways.into_iter().find(|way| {
@@ -21,7 +21,7 @@ fn unshare() -> Option<&'static [&'static str]> {
     })
 }
 
-/// Runs the program where `folder` is read-only.
+/// Runs the program with `folder` read-only.
 fn read_only(way: &[&str], folder: &Path, args: &[&str]) -> Run {
     let program = command();
     let mut all = Command::new("unshare");
@@ -56,7 +56,7 @@ fn a_package_on_a_read_only_disk() {
     let model = export("llama-optimum");
     let run = |args: &[&str]| read_only(way, &disk, args);
 
-    // What only reads works.
+    // Commands that only read work.
     run(&["info", text(&pkg), "--check"]).ok();
     run(&["weights", text(&pkg), "--check", text(&model)]).ok();
     let told = run(&[
@@ -72,7 +72,7 @@ fn a_package_on_a_read_only_disk() {
     .ok();
     assert_eq!(told.json()["tokens"].as_array().unwrap().len(), 6);
 
-    // What would write there is refused, and says where to.
+    // Commands that would write there are refused, and suggest another place.
     for args in [
         &["refit", text(&pkg), "--from", text(&model)][..],
         &["convert", text(&model), "-o", text(&pkg), "--capacity", "32", "--force"],
@@ -88,7 +88,7 @@ fn a_package_on_a_read_only_disk() {
     assert_eq!(names(&disk), ["pkg"], "nothing is left behind");
     assert_eq!(set_hash(&pkg), hash);
 
-    // The way out that the message names. No hard links lead from one disk to another.
+    // The alternative named in the message. Hard links do not work across disks.
     let copy = folder.path().join("copy");
     run(&["strip", text(&pkg), "-o", text(&copy)]).ok();
     run(&["refit", text(&copy), "--from", text(&pkg)]).ok();

@@ -1,4 +1,4 @@
-//! Strip, refit and what is known about weights, with the real program.
+//! Strip, refit and information about weights, with the real program.
 
 use std::path::{Path, PathBuf};
 
@@ -126,7 +126,7 @@ fn sharded(folder: &Path, file: &Path) -> PathBuf {
 #[test]
 fn other_weights_of_the_architecture() {
     let folder = tempfile::tempdir().unwrap();
-    // Families hold different numbers; Mistral's shapes with its own window are Llama's.
+    // Families have different values; Mistral's shapes equal Llama's, but with a window.
     let pkg = package(folder.path(), &export("gpt2-optimum"), &["--capacity", "32"]);
     let hash = set_hash(&pkg);
     let checkpoint = folder.path().join("hf");
@@ -230,7 +230,7 @@ fn killed_at_any_moment_the_package_is_the_old_one_or_the_new_one() {
         assert!([&old, &new].contains(&&set_hash(&pkg)));
     }
     assert!(killed > 0, "every refit was over before it could be killed");
-    // What the killed ones left is swept by the next.
+    // The next run removes what killed ones left.
     lapidary(["refit", text(&pkg), "--from", text(&file)]).ok();
     assert_eq!(set_hash(&pkg), new);
     assert_eq!(names(folder.path()), ["hf", "other", "pkg"]);

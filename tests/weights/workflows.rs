@@ -1,5 +1,5 @@
-//! What people do with weights and engines, from docs/guides/weights.md: build once, serve several. Engines are really built, so
-//! this needs TensorRT-RTX: `source scripts/setup.sh tensorrt`.
+//! The workflows of docs/guides/weights.md: build once, serve several. Engines are built, so this needs TensorRT-RTX:
+//! `source scripts/setup.sh tensorrt`.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ fn engines(pkg: &Path) -> Vec<(String, Value)> {
         .collect()
 }
 
-/// One build, ten fine-tunes: every package has the same plans, on one place of the disk, and weights of its own.
+/// One build, ten fine-tuned models: every package has the same plans, stored once on disk, and its own weights.
 #[test]
 fn built_once_for_ten_fine_tunes() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -48,7 +48,7 @@ fn built_once_for_ten_fine_tunes() {
             assert_eq!(inode(&served), inode(&pkg), "a copy costs no disk");
         }
         hashes.push(set_hash(&served));
-        // Which weights it has now, and from where.
+        // Its current weights and their source.
         let listed = lapidary(["weights", text(&served), "--json"]).ok().json();
         assert_eq!(listed["refit"]["source"], format!("tune-{tune}"));
         let checked = lapidary(["weights", text(&served), "--check", text(&checkpoint), "--json"])
@@ -59,6 +59,6 @@ fn built_once_for_ten_fine_tunes() {
     hashes.sort();
     hashes.dedup();
     assert_eq!(hashes.len(), 11, "eleven weight sets");
-    // The first is what it was.
+    // The first is unchanged.
     assert_eq!((set_hash(&pkg), tokens(&pkg, "llama-optimum")), (hash, first));
 }

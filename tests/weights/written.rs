@@ -1,4 +1,5 @@
-//! What is written out for other programs: complete, under the right names, and with everything that its reader would guess.
+//! Weights written for other programs: complete, with the right names, and with all settings that a reader would
+//! otherwise guess.
 
 use std::path::{Path, PathBuf};
 
@@ -102,7 +103,7 @@ fn tensorrt_llm_gets_every_field() {
                 .is_some_and(|e| (1e-7..1e-4).contains(&e)),
             "{config}"
         );
-        // And it is read back as the same weights, without a contradiction.
+        // And it is read back as the same weights, without contradictions.
         let hash = package.manifest.weights.set_hash.clone();
         let again = refit(&package, &to).unwrap_or_else(|e| panic!("{model}: {e}"));
         assert_eq!(again.manifest.weights.set_hash, hash, "{model}");
@@ -132,7 +133,7 @@ fn what_tensorrt_llm_cannot_compute_is_refused() {
     }
 }
 
-/// Another export or package whose weights were trained for another graph.
+/// Another export or package, with weights trained for another graph.
 #[test]
 fn a_source_that_computes_otherwise_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -200,7 +201,7 @@ fn a_foreign_factor_is_refused() {
     assert!(error.to_string().contains("scores are scaled by 0.5"), "{error}");
 }
 
-/// The checkpoint of a Gemma, whose norms hold the factor minus 1.
+/// The checkpoint of a Gemma, whose norms store the factor minus 1.
 fn gemma_checkpoint(package: &Package, folder: &Path) -> PathBuf {
     let norms = Some(NormParameter::FactorMinusOne);
     written(package, norms, Format::HuggingFace, &folder.join("gemma3")).unwrap()
@@ -211,13 +212,13 @@ fn gemma_from_its_own_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let package = converted("families/optimum-gemma3", folder.path());
     let hash = package.manifest.weights.set_hash.clone();
-    // Nothing says that the exporter put 1 + w into its initializers.
+    // Nothing shows that the exporter stored 1 + w in its initializers.
     let error = written(&package, None, Format::HuggingFace, &folder.path().join("none")).unwrap_err();
     assert!(matches!(error, ExportError::UnknownNorms), "{error}");
 
     let checkpoint = gemma_checkpoint(&package, folder.path());
     let file = checkpoint.join("model.safetensors");
-    // Every norm of Gemma 3 is there, and holds w of the graph's 1 + w.
+    // Every norm of Gemma 3 is present, with w of the graph's 1 + w.
     let weights = package.model_weights().unwrap();
     for (name, module) in [
         ("model.norm", "norm"),
@@ -243,9 +244,9 @@ fn gemma_from_its_own_checkpoint() {
         assert!(held.iter().any(|w| *w != 0.0));
     }
 
-    // Equal numbers prove what the checkpoint holds, whatever its configuration leaves open.
+    // Equal values prove what the checkpoint stores, even if its configuration leaves it open.
     assert_eq!(refit(&package, &checkpoint).unwrap().manifest.weights.set_hash, hash);
-    // A fine-tune without a configuration could hold either.
+    // A fine-tuned model without a configuration could store either.
     crate::refit::change(&file, "model.norm.weight", |w| w + 0.25);
     for name in [
         "model.layers.0.input_layernorm.weight",
@@ -266,10 +267,10 @@ fn gemma_from_its_own_checkpoint() {
     let held = tensor(&file, "model.norm.weight");
     let factor = factor.materialize().unwrap().to_f32();
     assert!(held.iter().zip(&factor).all(|(w, factor)| w + 1.0 == *factor));
-    // Known from now on: what it writes is what it read.
+    // Now it is known: written weights equal those read.
     let again = folder.path().join("again-written");
     written(&tuned, tuned.manifest.norms, Format::HuggingFace, &again).unwrap();
-    // What 1 + w rounded away is not in it.
+    // Bits lost by rounding 1 + w are not restored.
     let written = tensor(&again.join("model.safetensors"), "model.norm.weight");
     assert!(written.iter().zip(&held).all(|(a, b)| a + 1.0 == b + 1.0));
 }
