@@ -27,11 +27,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+from exportkit import cached
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 PROMPT = [1, 20, 33, 47, 90, 7, 25, 61, 80, 64, 5]
 STEPS = 9
-DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 LEVELS = ort.GraphOptimizationLevel
 # What a compiler's quantizer usually takes, and everything that the quantizer knows.
 PRODUCTS = ["MatMul", "Gemm"]
@@ -52,38 +52,9 @@ def session(path, level=LEVELS.ORT_ENABLE_BASIC, saved=None):
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(ports, tokens, past, caches):
-    given = dict(caches)
-    for port in ports:
-        kind = DTYPES[port.type]
-        if port.name == "input_ids":
-            given[port.name] = np.array([tokens], kind)
-        elif port.name == "attention_mask":
-            given[port.name] = np.ones((1, past + len(tokens)), kind)
-        elif port.name == "position_ids":
-            given[port.name] = np.arange(past, past + len(tokens), dtype=kind)[None]
-        elif port.name not in given:
-            sys.exit(f"error: there is nothing to give to the input {port.name!r}")
-    return given
-
-
-def empty(ports):
-    caches = [p for p in ports if "past" in p.name and len(p.shape) == 4]
-    return {p.name: np.zeros([1, p.shape[1], 0, p.shape[3]], DTYPES[p.type]) for p in caches}
-
-
 def answer(run):
-    """Greedy tokens, with the logits of each step; the caches go round."""
-    ports, names = run.get_inputs(), [o.name for o in run.get_outputs()]
-    caches, tokens, seen, feed, rows = empty(ports), [], 0, list(PROMPT), []
-    for _ in range(STEPS):
-        found = dict(zip(names, run.run(None, feeds(ports, feed, seen, caches))))
-        seen += len(feed)
-        rows.append(found["logits"][0, -1].astype(np.float64))
-        feed = [int(np.argmax(rows[-1]))]
-        tokens += feed
-        caches = {name: found[name.replace("past_key_values", "present")] for name in caches}
-    return tokens, rows
+    """Greedy tokens, with the logits of each step."""
+    return cached.greedy(run, PROMPT, STEPS)
 
 
 class Texts(CalibrationDataReader):
@@ -91,17 +62,16 @@ class Texts(CalibrationDataReader):
 
     def __init__(self, path):
         run = session(path)
-        ports, names = run.get_inputs(), [o.name for o in run.get_outputs()]
+        ports = run.get_inputs()
         rng, all_feeds = np.random.default_rng(0), []
         for _ in range(4):
-            caches, seen = empty(ports), 0
+            caches, seen = cached.empty(ports), 0
             for count in (7, 4):
-                given = feeds(ports, rng.integers(1, 96, count).tolist(), seen, caches)
+                tokens = rng.integers(1, 96, count).tolist()
                 # The quantizer's own calibration takes no empty caches.
                 if seen:
-                    all_feeds.append(given)
-                found = dict(zip(names, run.run(None, given)))
-                caches = {name: found[name.replace("past_key_values", "present")] for name in caches}
+                    all_feeds.append(cached.feeds(ports, tokens, seen, caches))
+                _, caches = cached.step(run, tokens, seen, caches)
                 seen += count
         self.feeds = iter(all_feeds)
 

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from exportkit import cached
 from onnx import TensorProto, numpy_helper
 
 TOKENS = 9
 BEST = 8
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
 def attribute(node, name, default):
@@ -116,42 +116,16 @@ class Runner:
         path = folder / "model.onnx"
         onnx.save(model, path)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.outputs = [o.name for o in self.session.get_outputs()]
 
     def greedy(self, prompt):
-        ports = self.session.get_inputs()
-        caches = [p for p in ports if "past" in p.name and len(p.shape) == 4]
+        """Greedy tokens, with the log-probabilities of each step."""
+        tokens, rows = cached.greedy(self.session, prompt, TOKENS, self.head_dim)
+        return tokens, [log_softmax(row) for row in rows]
 
-        def empty(port):
-            _, heads, _, width = port.shape
-            width = width if isinstance(width, int) else self.head_dim
-            return np.zeros([1, heads, 0, width], DTYPES[port.type])
 
-        state = {p.name: empty(p) for p in caches}
-        feed, seen, steps, tokens = list(prompt), 0, [], []
-        for _ in range(TOKENS):
-            total = seen + len(feed)
-            given = dict(state)
-            for port in ports:
-                kind = DTYPES[port.type]
-                if port.name == "input_ids":
-                    given[port.name] = np.array([feed], kind)
-                elif port.name == "attention_mask":
-                    given[port.name] = np.ones((1, total), kind)
-                elif port.name == "position_ids":
-                    given[port.name] = np.arange(seen, total, dtype=kind)[None]
-                elif port.name not in state:
-                    sys.exit(f"error: there is nothing to give to the input {port.name!r}")
-            found = dict(zip(self.outputs, self.session.run(None, given)))
-            row = found["logits"][0, -1].astype(np.float64)
-            row = row - row.max()
-            row = row - np.log(np.exp(row).sum())
-            best = [int(i) for i in np.argsort(-row, kind="stable")[:BEST]]
-            steps.append(row)
-            tokens.append(best[0])
-            state = {port.name: found[port.name.replace("past_key_values", "present")] for port in caches}
-            feed, seen = [best[0]], total
-        return tokens, steps
+def log_softmax(row):
+    row = row - row.max()
+    return row - np.log(np.exp(row).sum())
 
 
 def case_of(prompt, tokens, rows):

@@ -76,35 +76,25 @@ def prompt_of(vocabulary):
     return [1] + [(17 + 29 * i) % (vocabulary - 3) + 3 for i in range(PROMPT_LENGTH - 1)]
 
 
-def spread_weights(model, seed, scale):
-    """Weights of a model from a config, about unit size after each product; embeddings and the head are wider, so that logits differ."""
+# Parts of the names of embeddings and heads.
+WIDE = ("embed", "wte", "lm_head")
+
+
+def spread_weights(model, seed, scale=1.2, wide=WIDE):
+    """Weights of a model from a config, about unit size after each product at any width. Embeddings and the head (`wide`) have more,
+    so that tokens and logits differ clearly."""
     generator = torch.Generator().manual_seed(seed)
+    # GPT-2's layers have [inputs, outputs], all others [outputs, inputs].
+    inputs_first = {id(m.weight) for m in model.modules() if isinstance(m, transformers.pytorch_utils.Conv1D)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.copy_(0.2 * spread + (1 if name.endswith("weight") else 0))
             else:
-                wide = any(part in name for part in ("embed", "wte", "lm_head"))
-                parameter.copy_(spread * (2.0 if wide else scale) * parameter.shape[-1] ** -0.5)
-
-
-def draw_weights(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                spread = torch.randn(parameter.shape, generator=generator) * 0.2
-                is_scale = name.endswith("weight")
-                parameter.copy_(1 + spread if is_scale else spread)
-            else:
-                # Keeps activations near unit size at any width; the embedding and the head get more, so that
-                # tokens and logits differ clearly.
-                inputs = parameter.shape[0] if "c_" in name else parameter.shape[1]
-                wide = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
-                scale = 2.0 if wide else 1.2
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale * inputs**-0.5)
-    return model
+                inputs = parameter.shape[0 if id(parameter) in inputs_first else -1]
+                is_wide = any(part in name for part in wide)
+                parameter.copy_(spread * (2.0 if is_wide else scale) * inputs**-0.5)
 
 
 def greedy_with_torch(model, prompt, steps=STEPS):
@@ -124,7 +114,7 @@ def build(shape):
     config._attn_implementation = "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for seed in range(200):
-        draw_weights(model, seed)
+        spread_weights(model, seed, wide=(*WIDE, "wpe"))
         tokens, logits = greedy_with_torch(model, prompt_of(shape.vocabulary))
         best = logits.topk(2, dim=-1).values
         if (best[:, 0] - best[:, 1]).min() > 0.08 and len(set(tokens)) >= 5 and 2 not in tokens:
