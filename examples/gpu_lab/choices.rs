@@ -82,10 +82,25 @@ fn tensor(name: &str, dtype: DType, shape: Vec<usize>, embed: bool) -> Constant 
     Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape needs"))
 }
 
-/// The decoder's graph, its linear layers quantized, and the head too if `head`.
-pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool, head: bool) -> Graph {
+/// Which weights of a decoder are quantized.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Quantized {
+    /// Those of its linear layers, without the head.
+    Layers,
+    /// Those and the head.
+    LayersAndHead,
+}
+
+impl Quantized {
+    fn has(self, name: &str) -> bool {
+        name.contains("proj") || self == Quantized::LayersAndHead && name.contains("lm_head")
+    }
+}
+
+/// The decoder's graph with these of its weights quantized.
+pub fn quantized(decoder: &Decoder, codes: Option<(Codes, Quantized)>, embed: bool) -> Graph {
     decoder.graph_with(|name, dtype, shape| match codes {
-        Some(Codes(code, block, zeros)) if name.contains("proj") || head && name.contains("lm_head") => {
+        Some((Codes(code, block, zeros), which)) if which.has(name) => {
             let granularity = match block {
                 0 => Granularity::Channel { axis: 0 },
                 size => Granularity::Block { axis: 1, size },
@@ -115,7 +130,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         change(&mut options);
         options
     };
-    let mut cases: Vec<(String, Profile, LowerOptions, Option<Codes>)> = Vec::new();
+    let mut cases: Vec<(String, Profile, LowerOptions, Option<(Codes, Quantized)>)> = Vec::new();
     for codes in [
         Codes(DType::I8, 0, false),
         Codes(DType::I8, 32, false),
@@ -138,7 +153,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
                     };
                     if mode == WeightMode::Bind || form != Elementwise && codes.0.bits() == 4 {
                         let label = format!("quantized {codes}, {mode_name}, {name}");
-                        cases.push((label, profile, with(&change), Some(codes)));
+                        cases.push((label, profile, with(&change), Some((codes, Quantized::Layers))));
                     }
                 }
             }
@@ -152,7 +167,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     ] {
         let change = |o: &mut LowerOptions| o.prefill_quantized = Some(form);
         let label = format!("head quantized too, {form:?}");
-        let codes = Some(Codes(DType::I4, 32, false));
+        let codes = Some((Codes(DType::I4, 32, false), Quantized::LayersAndHead));
         cases.push((label, Profile::prefill(128, 1024), with(&change), codes));
     }
     for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
@@ -213,8 +228,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     each(10, cases, |(label, profile, options, codes)| {
         let run = || -> Outcome<(f64, f64, usize)> {
             let embed = options.weight_mode != WeightMode::Bind;
-            let head = label.starts_with("head quantized");
-            let network = lower(&quantized(&decoder, codes, embed, head), &profile, &options)?;
+            let network = lower(&quantized(&decoder, codes, embed), &profile, &options)?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let bytes: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();

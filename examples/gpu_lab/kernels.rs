@@ -9,7 +9,7 @@ use lapidary::network::{Network, Profile};
 use lapidary::tensor::DType;
 
 use crate::Outcome;
-use crate::choices::{Codes, each, measure, quantized};
+use crate::choices::{Codes, Quantized, each, measure, quantized};
 
 const CAPACITY: usize = 4096;
 /// Tokens in the cache when a step is timed.
@@ -83,7 +83,8 @@ pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
                 batch: rows,
                 ..Profile::decode(CAPACITY)
             };
-            let network = lower(&quantized(&decoder, codes, false, false), &profile, &options)?;
+            let layers = codes.map(|codes| (codes, Quantized::Layers));
+            let network = lower(&quantized(&decoder, layers, false), &profile, &options)?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let plans: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();

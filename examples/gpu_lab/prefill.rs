@@ -55,7 +55,7 @@ pub fn prefill(large: bool) -> Outcome<()> {
                 positions: capacity,
                 ..base.clone()
             };
-            let graph = quantized(&decoder, None, false, false);
+            let graph = quantized(&decoder, None, false);
             let network = lower(&graph, &Profile::prefill(rows, capacity), &LowerOptions::for_engines())?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let plans: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();

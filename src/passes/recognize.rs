@@ -155,7 +155,7 @@ pub fn recognize(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         },
         ..options.clone()
     };
-    let look = super::look(export.clone(), &lenient, &mut Vec::new());
+    let look = super::look::look(export.clone(), &lenient, &mut Vec::new());
     roles(&mut report, export, &look.roles);
     if let Some(analyzed) = &look.analyzed {
         fill(&mut report, analyzed);

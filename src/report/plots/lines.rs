@@ -4,6 +4,7 @@ use super::axes::{Scale, clear, spread};
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, GRID, INK, Style, is_ours, slug, style, styled};
 use crate::bench::result::Document;
+use crate::bench::summary::Summary;
 use crate::report::input::{Group, Input, SourceId};
 use crate::report::markdown::{ms, rate};
 use crate::report::serving;
@@ -18,6 +19,17 @@ struct Point {
     /// The 90th percentile.
     high: Option<f64>,
     stable: bool,
+}
+
+impl Point {
+    fn of(x: usize, ms: &Summary, stable: bool) -> Self {
+        Point {
+            x,
+            value: ms.median,
+            high: Some(ms.p90),
+            stable,
+        }
+    }
 }
 
 /// A line.
@@ -38,45 +50,31 @@ struct Chart {
     show: fn(f64) -> String,
 }
 
+/// Time per output token by context length; a line for each system.
 pub fn decode(group: &Group) -> Option<Figure> {
-    let points = |d: &Document| -> Vec<Point> {
-        let point = |d: &crate::bench::result::Decode| Point {
-            x: d.live,
-            value: d.ms.median,
-            high: Some(d.ms.p90),
-            stable: d.stable,
-        };
-        d.decode.iter().map(point).collect()
-    };
     let chart = Chart {
         title: "Time per output token by context length",
         subtitle: format!("{}; median ms/token", group.title()),
         below: "context length, tokens (logarithmic)",
         show: ms,
     };
+    let points = |d: &Document| d.decode.iter().map(|d| Point::of(d.live, &d.ms, d.stable)).collect();
     of_group(group, "latency", chart, points)
 }
 
+/// Time to first token by prompt length; a line for each system.
 pub fn prefill(group: &Group) -> Option<Figure> {
-    let points = |d: &Document| -> Vec<Point> {
-        let point = |p: &crate::bench::result::Prefill| Point {
-            x: p.tokens,
-            value: p.ms.median,
-            high: Some(p.ms.p90),
-            stable: p.stable,
-        };
-        d.prefill.iter().map(point).collect()
-    };
     let chart = Chart {
         title: "Time to first token by prompt length",
         subtitle: format!("{}; median ms", group.title()),
         below: "prompt length, tokens (logarithmic)",
         show: ms,
     };
+    let points = |d: &Document| d.prefill.iter().map(|p| Point::of(p.tokens, &p.ms, p.stable)).collect();
     of_group(group, "prefill", chart, points)
 }
 
-fn of_group(group: &Group, kind: &str, chart: Chart, points: impl Fn(&Document) -> Vec<Point>) -> Option<Figure> {
+fn of_group(group: &Group, kind: &str, chart: Chart, points: fn(&Document) -> Vec<Point>) -> Option<Figure> {
     let series = styled(group).into_iter().map(|(r, style)| Series {
         label: r.of.system.label.clone(),
         is_ours: is_ours(group, r),
