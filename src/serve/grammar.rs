@@ -59,6 +59,16 @@ pub enum FormError {
     Refused(String),
 }
 
+/// llguidance's reason, for clients.
+fn reason(error: &str) -> String {
+    // Written after a reason whose details are off.
+    let known = error.strip_suffix("<non-verbose/>").unwrap_or(error).trim_end();
+    match known {
+        "NoExtensionBias" => "no token of this model can continue it".to_string(),
+        known => known.to_string(),
+    }
+}
+
 /// A model's tokens, for grammars; built once per model, on first use.
 pub struct Grammars {
     factory: ParserFactory,
@@ -128,11 +138,14 @@ impl Grammars {
         let parser = self
             .factory
             .create_parser(grammar)
-            .map_err(|error| FormError::Refused(format!("{error:#}")))?;
-        let matcher = Matcher::new(Ok(parser));
-        match matcher.get_error() {
-            Some(error) => Err(FormError::Refused(error)),
-            None => Ok(Limited {
+            .map_err(|error| FormError::Refused(reason(&format!("{error:#}"))))?;
+        let mut matcher = Matcher::new(Ok(parser));
+        // Some forms that nothing can have are found only where the first token is chosen.
+        let begun = matcher.compute_mask_or_eos().map(|_| ());
+        match (matcher.get_error(), begun) {
+            (Some(error), _) => Err(FormError::Refused(reason(&error))),
+            (None, Err(error)) => Err(FormError::Refused(reason(&error.to_string()))),
+            (None, Ok(())) => Ok(Limited {
                 matcher,
                 end: self.end.clone(),
             }),
@@ -160,7 +173,7 @@ impl Limited {
 impl Constraint for Limited {
     fn limit(&mut self, logits: &mut [f32]) -> Result<(), ConstraintError> {
         let mask = self.matcher.compute_mask_or_eos();
-        let mask = mask.map_err(|error| ConstraintError(error.to_string()))?;
+        let mask = mask.map_err(|error| ConstraintError(reason(&error.to_string())))?;
         let may_end = self.end.iter().any(|id| mask.is_allowed(*id));
         for (id, logit) in logits.iter_mut().enumerate() {
             let id = id as u32;
@@ -180,7 +193,7 @@ impl Constraint for Limited {
             return Ok(true);
         }
         let taken = self.matcher.consume_token(token);
-        taken.map_err(|error| ConstraintError(error.to_string()))?;
+        taken.map_err(|error| ConstraintError(reason(&error.to_string())))?;
         Ok(self.matcher.is_stopped())
     }
 }

@@ -199,6 +199,11 @@ impl Scheduler {
         &self.facts
     }
 
+    /// Requests that it takes when it has none: those that run and those that wait.
+    pub fn most_requests(&self) -> usize {
+        self.shared.options.queue.saturating_add(self.facts.sequences)
+    }
+
     /// Its metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics

@@ -64,7 +64,11 @@ fn bad_requests_are_refused_by_name() {
             "top_logprobs: logprobs has to be true",
         ),
         (chat("n", json!(0)), 400, "n: 0 is not a number from 1 to 128"),
-        (chat("max_completion_tokens", json!(0)), 400, "max_tokens: 0 is not"),
+        (
+            chat("max_completion_tokens", json!(0)),
+            400,
+            "max_completion_tokens: 0 is not",
+        ),
         (
             chat("max_completion_tokens", json!(-1)),
             400,
@@ -119,7 +123,23 @@ fn bad_requests_are_refused_by_name() {
         (
             completion("logprobs", json!(21)),
             400,
-            "top_logprobs: 21 is not a number from 0 to 20",
+            "logprobs: 21 is not a number from 0 to 20",
+        ),
+        (
+            completion("stream_options", json!({"continuous_usage_stats": true})),
+            400,
+            "stream_options.continuous_usage_stats: unknown field",
+        ),
+        (
+            completion("stop", json!(vec!["x"; 65])),
+            400,
+            "stop: more than 64 strings",
+        ),
+        // The queue of 64 and the 8 sequences never have that many places.
+        (
+            completion("n", json!(73)),
+            400,
+            "n: 73 choices of all prompts; this server takes 72 at a time",
         ),
         (completion("best_of", json!(2)), 400, "best_of: only as many as n"),
         (completion("suffix", json!("x")), 400, "suffix: text is continued"),
@@ -173,6 +193,8 @@ fn bad_requests_are_refused_by_name() {
     }
     let large = json!({"prompt": "x".repeat(3000)});
     assert_eq!(server.post("/v1/completions", &large).error().0, 413);
+    let long = json!({"prompt": [5], "stop": "x".repeat(1900)});
+    server.post("/v1/completions", &long).ok();
     let (status, code, message) = server.post("/v1/embeddings", &json!({"input": "x"})).error();
     assert_eq!((status, code), (501, json!("unsupported")));
     assert!(message.contains("embeddings"), "{message}");
@@ -262,12 +284,17 @@ fn keys_are_asked_for() {
     ] {
         assert_eq!(status(header), 401, "{header}");
     }
-    for header in ["Authorization: Bearer secret-1", "Authorization: Bearer secret-2"] {
+    for header in ["Authorization: Bearer secret-1", "authorization: bearer  secret-2"] {
         assert_eq!(status(header), 200, "{header}");
     }
     let refused = server.post("/v1/completions", &json!({"prompt": [5]}));
     assert_eq!(refused.header("www-authenticate"), Some("Bearer"));
     assert_eq!(refused.error().1, "invalid_api_key");
+    // The answer to a large body can be read after the body was written.
+    let large = json!({"prompt": "x".repeat(20 << 20)}).to_string();
+    assert_eq!(server.request("POST", "/v1/completions", &[], &large).error().0, 401);
+    let key = ["Authorization: Bearer secret-1"];
+    assert_eq!(server.request("POST", "/v1/completions", &key, &large).error().0, 413);
     // Probes need no key.
     assert_eq!(
         (server.get("/health").status, server.get("/metrics").status),

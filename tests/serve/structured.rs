@@ -59,6 +59,11 @@ fn texts_have_the_form_that_is_asked_for() {
     check(ignoring[0]["text"].as_str().unwrap());
     assert_eq!(ignoring[0]["finish_reason"], "stop");
 
+    // As llama.cpp's server takes it.
+    let other = json!({"type": "json_object", "schema": schema()});
+    let same = completion(&server, json!({"response_format": other, "seed": 4}));
+    assert_eq!(same[0]["text"], choices[3]["text"]);
+
     let choices = completion(
         &server,
         json!({"grammar": "start: \"<\" /[a-c]{3}/ (\"x\" | \"yz\") \">\"", "n": 4, "seed": 2}),
@@ -103,6 +108,8 @@ fn forms_that_cannot_be_followed_are_refused() {
         ("json_schema", json!({"$ref": "file:///etc/passwd"})),
         ("json_schema", json!({"$ref": "http://127.0.0.1:1/schema"})),
         ("json_schema", json!({"type": "string", "pattern": "("})),
+        // Only itself, without an end.
+        ("json_schema", json!({"$ref": "#"})),
         (
             "json_schema",
             json!({"allOf": [{"type": "string"}, {"type": "number"}]}),

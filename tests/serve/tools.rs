@@ -181,6 +181,24 @@ fn calls_are_read_out_of_text() {
     }
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 
+    // At most one, if the request says so.
+    let one = json!({"parallel_tool_calls": false});
+    let answer = server.post("/v1/chat/completions", &body(one)).ok();
+    let found = &answer["choices"][0]["message"]["tool_calls"];
+    assert_eq!(
+        (found.as_array().unwrap().len(), &found[0]["function"]),
+        (1, &calls[0]["function"])
+    );
+    let streamed = server.post(
+        "/v1/chat/completions",
+        &body(json!({"stream": true, "parallel_tool_calls": false})),
+    );
+    let events = streamed.events();
+    let streamed = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array());
+    assert_eq!(streamed.flatten().count(), 1);
+
     // Without tools, or with the choice `none`, it is text.
     for more in [json!({"tools": []}), json!({"tool_choice": "none"})] {
         let answer = server.post("/v1/chat/completions", &body(more)).ok();

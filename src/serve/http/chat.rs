@@ -51,6 +51,7 @@ fields! {
         top_logprobs: usize,
         tools: Vec<Value>,
         tool_choice: Value,
+        parallel_tool_calls: bool,
     }
 }
 
@@ -74,10 +75,14 @@ pub fn parse(
     let offered = tools(&model, &own)?;
     let prompt = prompt(&model, messages, offered.descriptions.unwrap_or(Variable::None))?;
     limits.check_prompt(&prompt)?;
-    let most = model.capacity();
     Ok(Asked {
         n: common.choices(limits.choices)?,
-        limits: common.limits(&model, own.max_completion_tokens, most, logprobs)?,
+        limits: common.limits(
+            &model,
+            ("max_completion_tokens", own.max_completion_tokens),
+            model.capacity(),
+            ("top_logprobs", logprobs),
+        )?,
         sampling: common.settings(&model)?,
         constraint: match (forms::of(&mut common, &model)?, offered.forced) {
             (Some(_), Some(_)) => return Err(ApiError::field("tool_choice", "the text cannot have another form, too")),
@@ -150,7 +155,11 @@ fn tools(model: &Model, own: &Own) -> Result<Offered, ApiError> {
     Ok(Offered {
         forced: forced.map(|tools| forms::call(model, format, &tools)).transpose()?,
         descriptions: Some(Variable::List(descriptions.iter().map(Variable::from).collect())),
-        tools: Some(Tools { format, names }),
+        tools: Some(Tools {
+            format,
+            names,
+            many: own.parallel_tool_calls.unwrap_or(true),
+        }),
     })
 }
 

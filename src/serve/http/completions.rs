@@ -73,7 +73,7 @@ pub fn parse(
     };
     Ok(Asked {
         n,
-        limits: common.limits(&model, None, DEFAULT_TOKENS, own.logprobs)?,
+        limits: common.limits(&model, ("max_tokens", None), DEFAULT_TOKENS, ("logprobs", own.logprobs))?,
         sampling: common.settings(&model)?,
         constraint: forms::of(&mut common, &model)?,
         streams: common.streams(),

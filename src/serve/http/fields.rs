@@ -44,7 +44,7 @@ impl<T> OneOrMore<T> {
 }
 
 #[derive(serde::Deserialize, Default)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct StreamOptions {
     pub include_usage: bool,
     /// Random padding against eavesdropping; ignored.
@@ -95,10 +95,9 @@ fields! {
 }
 
 /// Fields that clients send but that have no effect here.
-const IGNORED: [&str; 8] = [
+const IGNORED: [&str; 7] = [
     "cache_prompt",
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
     "service_tier",
@@ -108,6 +107,12 @@ const IGNORED: [&str; 8] = [
 
 /// Maximum number of DRY breakers: each needs a pass over the vocabulary.
 const MOST_BREAKERS: usize = 64;
+
+/// Maximum number of stop strings and of their bytes: every character of an answer is compared with each.
+const MOST_STOPS: (usize, usize) = (64, 8192);
+
+/// Maximum number of most probable tokens with log-probabilities.
+const MOST_LOGPROBS: usize = 20;
 
 /// The object of a body.
 pub fn object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
@@ -159,13 +164,14 @@ impl Common {
             .is_some_and(|options| options.include_usage)
     }
 
-    /// When to end; `max_tokens` is the endpoint's own field, `default` applies if there is none.
+    /// When to end. `max_tokens` and `logprobs` are the endpoint's own fields with their names; `default` applies if no field
+    /// limits the tokens.
     pub fn limits(
         &mut self,
         model: &Model,
-        max_tokens: Option<usize>,
+        max_tokens: (&str, Option<usize>),
         default: usize,
-        logprobs: Option<usize>,
+        logprobs: (&str, Option<usize>),
     ) -> Result<Limits, ApiError> {
         let predicted = match self.n_predict {
             None => None,
@@ -173,24 +179,31 @@ impl Common {
             Some(-1) => Some(usize::MAX),
             Some(n) => Some(usize::try_from(n).map_err(|_| ApiError::field("n_predict", format!("{n} is below 0")))?),
         };
-        let asked = max_tokens.or(self.max_tokens).or(predicted);
-        if asked == Some(0) {
-            return Err(ApiError::field("max_tokens", "0 is not a number of at least 1"));
+        let asked = [max_tokens, ("max_tokens", self.max_tokens), ("n_predict", predicted)];
+        let asked = asked.into_iter().find_map(|(name, tokens)| Some((name, tokens?)));
+        if let Some((name, 0)) = asked {
+            return Err(ApiError::field(name, "0 is not a number of at least 1"));
         }
-        const MOST: usize = 20;
-        if let Some(n) = logprobs.filter(|n| *n > MOST) {
-            let name = "top_logprobs";
-            return Err(ApiError::field(name, format!("{n} is not a number from 0 to {MOST}")));
+        if let (name, Some(n)) = logprobs
+            && n > MOST_LOGPROBS
+        {
+            let why = format!("{n} is not a number from 0 to {MOST_LOGPROBS}");
+            return Err(ApiError::field(name, why));
         }
         let stop: Vec<String> = self.stop.take().map_or(Vec::new(), OneOrMore::into_vec);
+        let (most, bytes) = MOST_STOPS;
+        if stop.len() > most || stop.iter().map(String::len).sum::<usize>() > bytes {
+            let why = format!("more than {most} strings, or more than {bytes} bytes of them");
+            return Err(ApiError::field("stop", why));
+        }
         Ok(Limits {
-            max_new_tokens: asked.unwrap_or(default),
+            max_new_tokens: asked.map_or(default, |(_, tokens)| tokens),
             eos_ids: match self.ignore_eos.unwrap_or(false) {
                 true => Default::default(),
                 false => model.eos_ids.clone(),
             },
             stop: stop.into_iter().filter(|text| !text.is_empty()).collect(),
-            logprobs,
+            logprobs: logprobs.1,
         })
     }
 

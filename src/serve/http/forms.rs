@@ -16,7 +16,8 @@ pub fn of(common: &mut Common, model: &Model) -> Result<Option<Limited>, ApiErro
         None => None,
         Some(format) => match format["type"].as_str() {
             Some("text") => None,
-            Some("json_object") => Some(json!({"type": "object"})),
+            // With a schema it is llama.cpp's way to ask for that schema.
+            Some("json_object") => Some(format.get("schema").map_or(json!({"type": "object"}), Value::clone)),
             Some("json_schema") => match format["json_schema"].get("schema") {
                 Some(schema) => Some(schema.clone()),
                 None => return Err(ApiError::field("response_format", "json_schema has no schema")),

@@ -2,9 +2,10 @@
 //!
 //! Reads bodies as bytes and writes JSON or server-sent events. `chat` and `completions` define request bodies,
 //! `fields` their common fields, `forms` the form that a text must have, `reply` submits the request and writes the
-//! answer in one of the `shapes`, `tokens` is the tokenizer endpoints, `error` every refusal, `log` a line per request,
+//! answer in one of the `shapes`, `tokens` is the tokenizer endpoints, `body` reads bodies, `error` is every refusal, `log` a line per request,
 //! `page.html` a chat in a browser. A request cannot name a file.
 
+mod body;
 mod chat;
 mod completions;
 mod error;
@@ -22,9 +23,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -32,8 +33,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 
+use body::Bodies;
 use error::ApiError;
 pub use model::Model;
 use reply::{Asked, json_response, respond};
@@ -123,18 +126,24 @@ pub struct Server {
     logs: bool,
     started: u64,
     stops: AtomicBool,
+    bodies: Bodies,
+    /// Places for those that parse.
+    parsing: Arc<Semaphore>,
 }
 
 impl Server {
     /// Serves these models, whose names differ. `logs`: a line of JSON is written to standard error for each request.
     pub fn new(models: Vec<Model>, limits: Limits, keys: Keys, logs: bool) -> Arc<Self> {
+        let parsers = std::thread::available_parallelism().map_or(1, usize::from);
         Arc::new(Server {
             models: models.into_iter().map(Arc::new).collect(),
+            bodies: Bodies::new(limits.body, limits.body_timeout),
             limits,
             keys,
             logs,
             started: fields::now(),
             stops: AtomicBool::new(false),
+            parsing: Arc::new(Semaphore::new(parsers)),
         })
     }
 
@@ -217,6 +226,15 @@ impl Server {
             .with_state(self)
     }
 
+    /// Whether a request has one of the keys, or none is asked for.
+    fn has_key(&self, headers: &HeaderMap) -> bool {
+        let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let key = given.and_then(|value| value.split_once(' '));
+        // Names of schemes have no case.
+        let key = key.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        self.keys.is_empty() || key.is_some_and(|(_, key)| self.keys.has(key.trim()))
+    }
+
     /// The model with a name; the only package if there is no name.
     fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
         let mut packages = self.models.iter().filter(|model| model.parent.is_none());
@@ -241,34 +259,21 @@ impl Server {
             }
         })
     }
-
-    /// A body, if it is small enough and comes in time.
-    async fn body(&self, body: Body) -> Result<Bytes, ApiError> {
-        let (most, timeout) = (self.limits.body, self.limits.body_timeout);
-        match tokio::time::timeout(timeout, axum::body::to_bytes(body, most)).await {
-            Ok(Ok(bytes)) => Ok(bytes),
-            Ok(Err(error)) => {
-                let source = std::error::Error::source(&error);
-                match source.is_some_and(|e| e.to_string().contains("length limit")) {
-                    true => Err(ApiError::new(
-                        StatusCode::PAYLOAD_TOO_LARGE,
-                        format!("the body is larger than {most} bytes"),
-                    )),
-                    false => Err(ApiError::bad(format!("the body did not arrive: {error}"))),
-                }
-            }
-            Err(_) => Err(ApiError::new(
-                StatusCode::REQUEST_TIMEOUT,
-                format!("the body did not arrive within {} s", timeout.as_secs()),
-            )),
-        }
-    }
 }
 
-/// Runs slow work, such as encoding a long text, outside the threads that answer connections.
+/// Runs slow work, such as encoding a long text, outside the threads that answer connections. At most one task per processor
+/// runs at a time: parsing a body takes several times its bytes, and the scheduler needs a processor, too.
 async fn off_thread<T: Send + 'static>(
+    server: &Server,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
+    let place = server.parsing.clone().acquire_owned().await;
+    let place = place.expect("the semaphore is never closed");
+    let work = move || {
+        // Also when the client is gone: the work goes on.
+        let _place = place;
+        work()
+    };
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|_| {
         let message = "the request could not be read: this is a bug in Lapidary";
@@ -283,9 +288,9 @@ async fn answer(server: Arc<Server>, body: Body, parse: Parse) -> Result<Respons
     if server.stops.load(Ordering::Relaxed) {
         return Err((&SubmitError::Stopping).into());
     }
-    let bytes = server.body(body).await?;
+    let bytes = body::read_before(body).await?;
     let logs = server.logs;
-    let asked = off_thread(move || parse(&server, &bytes)).await?;
+    let asked = off_thread(&server.clone(), move || parse(&server, &bytes)).await?;
     respond(Asked { logs, ..asked }).await
 }
 
@@ -309,14 +314,20 @@ async fn no_embeddings() -> ApiError {
 }
 
 async fn tokenize(State(server): Shared, body: Body) -> Result<Response, ApiError> {
-    let bytes = server.body(body).await?;
-    let document = off_thread(move || tokens::tokenize(|name| server.find(name), &bytes)).await?;
+    let bytes = body::read_before(body).await?;
+    let document = off_thread(&server.clone(), move || {
+        tokens::tokenize(|name| server.find(name), &bytes)
+    })
+    .await?;
     Ok(json_response(&document))
 }
 
 async fn detokenize(State(server): Shared, body: Body) -> Result<Response, ApiError> {
-    let bytes = server.body(body).await?;
-    let document = off_thread(move || tokens::detokenize(|name| server.find(name), &bytes)).await?;
+    let bytes = body::read_before(body).await?;
+    let document = off_thread(&server.clone(), move || {
+        tokens::detokenize(|name| server.find(name), &bytes)
+    })
+    .await?;
     Ok(json_response(&document))
 }
 
@@ -386,11 +397,19 @@ async fn metrics(State(server): Shared) -> Response {
     (kind, text).into_response()
 }
 
-/// Reads the body in every case: a connection with an unread body could not be reused, and its client would not know.
+/// Reads the body in every case: a connection with an unread body could not be reused, and its client would not know. The body of
+/// a client without a key is not kept.
 async fn read_body(State(server): Shared, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
-    match server.body(body).await {
-        Ok(bytes) => next.run(Request::from_parts(head, Body::from(bytes))).await,
+    let read = match server.has_key(&head.headers) {
+        true => {
+            let waits = head.headers.contains_key(header::EXPECT);
+            server.bodies.read(body, waits).await.map(Body::from)
+        }
+        false => server.bodies.discard(body).await.map(|()| Body::empty()),
+    };
+    match read {
+        Ok(body) => next.run(Request::from_parts(head, body)).await,
         Err(error) => {
             let mut response = error.into_response();
             let close = header::HeaderValue::from_static("close");
@@ -411,12 +430,7 @@ async fn log_refusals(State(server): Shared, request: Request, next: Next) -> Re
 }
 
 async fn check_key(State(server): Shared, request: Request, next: Next) -> Response {
-    let given = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    let key = given.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
-    match server.keys.is_empty() || key.is_some_and(|key| server.keys.has(key)) {
+    match server.has_key(request.headers()) {
         true => next.run(request).await,
         false => {
             let message = "give one of this server's keys: Authorization: Bearer KEY";

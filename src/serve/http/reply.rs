@@ -79,6 +79,12 @@ type Events = UnboundedReceiver<(usize, Event)>;
 
 /// Submits every choice. Dropping the tickets cancels them.
 fn submit(asked: &Asked) -> Result<(Events, Vec<Ticket>), ApiError> {
+    let (choices, most) = (asked.prompts.len() * asked.n, asked.model.scheduler.most_requests());
+    if choices > most {
+        // Waiting would not help.
+        let why = format!("{choices} choices of all prompts; this server takes {most} at a time");
+        return Err(ApiError::field("n", why));
+    }
     let (sender, events) = unbounded_channel();
     let mut tickets = Vec::new();
     let deadline = asked.timeout.map(|timeout| Instant::now() + timeout);

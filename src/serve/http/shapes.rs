@@ -30,6 +30,8 @@ pub struct Tools {
     /// How the model writes calls.
     pub format: ToolFormat,
     pub names: Vec<String>,
+    /// Whether an answer may have several calls; otherwise those after the first are left out.
+    pub many: bool,
 }
 
 /// The first fields of every document of an answer.
@@ -92,31 +94,50 @@ impl Choice {
 }
 
 /// The parser of calls in a choice, if there are tools; otherwise pieces are text.
-pub struct Reader(Option<ToolReader>);
+pub struct Reader {
+    calls: Option<ToolReader>,
+    /// Calls that may still come.
+    left: usize,
+}
 
 impl Reader {
     pub fn push(&mut self, token: Option<u32>, text: &str) -> Vec<ToolPart> {
-        match &mut self.0 {
+        let parts = match &mut self.calls {
             Some(reader) => reader.push(token, text),
             None if text.is_empty() => Vec::new(),
             None => vec![ToolPart::Text(text.to_string())],
-        }
+        };
+        self.allowed(parts)
     }
 
     pub fn finish(&mut self) -> Vec<ToolPart> {
-        self.0.as_mut().map_or(Vec::new(), ToolReader::finish)
+        let parts = self.calls.as_mut().map_or(Vec::new(), ToolReader::finish);
+        self.allowed(parts)
+    }
+
+    fn allowed(&mut self, mut parts: Vec<ToolPart>) -> Vec<ToolPart> {
+        parts.retain(|part| match part {
+            ToolPart::Text(_) => true,
+            ToolPart::Call(_) => {
+                let may_come = self.left > 0;
+                self.left = self.left.saturating_sub(1);
+                may_come
+            }
+        });
+        parts
     }
 }
 
 impl Shape {
     /// For one choice.
     pub fn reader(&self, tokenizer: Option<&Tokenizer>) -> Reader {
-        Reader(match (self, tokenizer) {
-            (Shape::Chat { tools: Some(tools), .. }, Some(tokenizer)) => {
-                Some(ToolReader::new(tools.format, tools.names.clone(), tokenizer))
-            }
-            _ => None,
-        })
+        match (self, tokenizer) {
+            (Shape::Chat { tools: Some(tools), .. }, Some(tokenizer)) => Reader {
+                calls: Some(ToolReader::new(tools.format, tools.names.clone(), tokenizer)),
+                left: if tools.many { usize::MAX } else { 1 },
+            },
+            _ => Reader { calls: None, left: 0 },
+        }
     }
 
     /// The prefix of ids.
