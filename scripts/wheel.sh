@@ -24,7 +24,7 @@ wheel=$(echo "$wheels"/lapidary-*.whl)
 say "$(du -h "$wheel" | cut -f1) $wheel"
 
 python3 -m venv "$work/env"
-# The library's wheel is there from the setup; from an index it is 100 MB.
+# The library's wheel is there from the setup; from an index it is 86 MB.
 "$work/env/bin/pip" install -q --disable-pip-version-check --find-links .venv/wheels "$wheel[tensorrt-rtx]"
 # Neither the variables of this script nor an active environment may help.
 clean() { env -i HOME="$work" PATH=/usr/bin:/bin NO_COLOR=1 "$@"; }
