@@ -215,7 +215,7 @@ class Soak:
             if base is None and time.time() - start > self.seconds / 10:
                 base = resident
             most = max(most, resident)
-            if time.time() - start > len(memory) * self.seconds / 10:
+            if len(memory) < 10 and time.time() - start > len(memory) * self.seconds / 10:
                 memory.append(round(resident, 1))
         for thread in threads:
             thread.join()
