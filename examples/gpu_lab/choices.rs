@@ -116,6 +116,9 @@ pub fn quantized(decoder: &Decoder, codes: Option<(Codes, Quantized)>, embed: bo
     })
 }
 
+/// A label, and what is built and measured under it.
+type Case = (String, Profile, LowerOptions, Option<(Codes, Quantized)>);
+
 type Change<'a> = (&'a str, &'a dyn Fn(&mut LowerOptions));
 
 /// One choice at a time against the defaults.
@@ -130,7 +133,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         change(&mut options);
         options
     };
-    let mut cases: Vec<(String, Profile, LowerOptions, Option<(Codes, Quantized)>)> = Vec::new();
+    let mut cases: Vec<Case> = Vec::new();
     for codes in [
         Codes(DType::I8, 0, false),
         Codes(DType::I8, 32, false),
