@@ -385,6 +385,19 @@ fn a_full_queue_is_said_with_a_time_to_come_back() {
 }
 
 #[test]
+fn a_request_beyond_all_memory_for_caches_is_not_told_to_come_back() {
+    let server = Server::start("64,8192", &["--cache-memory", "200k"]);
+    let body = |tokens: usize| json!({"prompt": vec![5; tokens], "max_tokens": 1});
+    server.post("/v1/completions", &body(40)).ok();
+    let refused = server.post("/v1/completions", &body(100));
+    assert_eq!(refused.header("retry-after"), None);
+    let (status, code, message) = refused.error();
+    assert_eq!((status, code), (400, json!("context_length_exceeded")), "{message}");
+    assert!(message.contains("a cache of 8192 tokens takes"), "{message}");
+    server.post("/v1/completions", &body(40)).ok();
+}
+
+#[test]
 fn a_client_that_goes_ends_its_requests() {
     let server = Server::start("64,8192", &["--max-sequences", "4"]);
     let cancelled = ",finished_reason=\"cancelled\"";

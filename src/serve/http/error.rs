@@ -116,6 +116,10 @@ impl From<&RequestError> for ApiError {
         match error {
             RequestError::Batch(BatchError::Session(error)) => error.into(),
             RequestError::Settings(error) => error.into(),
+            // Nothing else runs that could end: waiting would not help.
+            RequestError::Batch(BatchError::Memory { taken: 0, .. }) => {
+                ApiError::bad(error.to_string()).code("context_length_exceeded")
+            }
             RequestError::Batch(BatchError::Memory { .. } | BatchError::Full { .. }) => ApiError {
                 retry_after: Some(1),
                 ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).code("out_of_memory")
