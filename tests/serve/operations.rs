@@ -393,7 +393,7 @@ fn a_request_beyond_all_memory_for_caches_is_not_told_to_come_back() {
     assert_eq!(refused.header("retry-after"), None);
     let (status, code, message) = refused.error();
     assert_eq!((status, code), (400, json!("context_length_exceeded")), "{message}");
-    assert!(message.contains("a cache of 8192 tokens takes"), "{message}");
+    assert!(message.contains("a cache of 8192 tokens needs"), "{message}");
     server.post("/v1/completions", &body(40)).ok();
 }
 
