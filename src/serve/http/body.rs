@@ -130,6 +130,10 @@ impl Held {
             });
         }
         self.counted += chunk.len();
+        if self.bytes.capacity() - self.bytes.len() < chunk.len() {
+            // Twice the size, as vectors grow by themselves, would be memory that is not counted.
+            self.bytes.reserve_exact(chunk.len().max(self.bytes.len() / 4));
+        }
         self.bytes.extend_from_slice(chunk);
         Ok(())
     }
