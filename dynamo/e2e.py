@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A frontend of Dynamo and two workers of Lapidary on this machine, with no other service: answers, refusals, cancellation, and a worker that
-is killed in the middle of streams.
+"""A Dynamo frontend and two Lapidary workers on this machine, without other services: responses, refusals,
+cancellation, and a worker that is killed during streams.
 
 Usage: e2e.py WORKER PKG [--long N]     (with a Python that has ai-dynamo; scripts/test_dynamo.sh installs it)
 
@@ -208,13 +208,14 @@ def run(deployment, check, long):
     check("a client that goes ends its request", True)
     check("the router's numbers", all("dynamo_component_" in page for page in pages()))
 
-    # Alone first, then all at once while a worker is killed.
+    # First one at a time, then all at once while a worker is killed.
     asked = [{"prompt": prompt, "max_tokens": long, "ignore_eos": True} for prompt in PROMPTS]
     for i, body in enumerate(asked):
         body.update({"temperature": 0} if i % 2 == 0 else {"temperature": 1.0, "seed": i})
     alone = [deployment.stream("/v1/completions", **body) for body in asked]
     check("long answers alone", all(count == long for _, _, count in alone), [count for _, _, count in alone])
-    # Texts of a form, one for each worker: the frontend does not move those, since a moved request does not say which tokens are the answer's.
+    # Structured texts, one for each worker: the frontend does not move those, since a moved request does not say which
+    # tokens belong to the answer.
     items = long // 4
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": items, "maxItems": items}
     formed = {**message, "temperature": 0, "max_tokens": 100 * items, "response_format":

@@ -21,7 +21,7 @@ CASES = {}
 
 
 def case(text):
-    """Register a function `(folder) -> None` that writes the files of one case, and what is wrong with them."""
+    """Register a function `(folder) -> None` that writes the files of one case, with a description of the defect."""
 
     def register(function):
         CASES[function.__name__.replace("_", "-")] = (function, text)

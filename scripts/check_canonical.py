@@ -7,8 +7,8 @@ EXPORT_DIR holds the reference.json of the export that CANONICAL.onnx (`lapidary
 from. The graph takes `input_ids` and `position_ids` `[batch, tokens]`, `write_indices` `[batch]` and
 `key_cache.{i}`, `value_cache.{i}` `[batch, kv_heads, capacity, head_dim]`; it gives `logits` and
 `updated_key_cache.{i}`, `updated_value_cache.{i}`. The prompt is prefilled (in pieces of N with --chunk), then the
-reference's tokens are fed one by one; every row of logits is compared, and its argmax with the next token. Cache
-slots not yet written hold large values, so that a mask which lets them through shows.
+reference's tokens are fed one by one; every row of logits is compared, and its argmax with the next token. Unwritten
+cache slots have large values, so that a wrong mask is detected.
 
 Prints one JSON line; exit status 0 when all is within the tolerance, 1 when not, 2 when the files are unusable.
 Needs onnx 1.23.2, onnxruntime 1.31.1 and numpy.

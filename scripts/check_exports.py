@@ -28,7 +28,7 @@ def log_softmax(row):
 
 
 def run(*command):
-    """stdout, or raise with what the command said."""
+    """stdout, or raise with the command's message."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"exit {done.returncode}: {' '.join(done.stderr.split())[-400:]}")

@@ -3,16 +3,16 @@
 without it, as a table and a plot.
 
     scripts/dry_experiment.py --package .models/smollm2-cpu              # generates, measures, writes everything
-    scripts/dry_experiment.py --package .models/smollm2-cpu --cost       # only times, into the results that are there
+    scripts/dry_experiment.py --package .models/smollm2-cpu --cost       # only times, into the existing results
     scripts/dry_experiment.py --from benches/results/dry-smollm2.json    # table and plot again, from old results
 
 Each text is TOKENS long: the model's end tokens are banned (`--logit-bias ID=-inf`), because a small model that may stop
 hides its repetitions behind an early end. Measured on the generated tokens alone:
 
-- distinct-n: different n-grams over all n-grams. 1 is no repetition at all; ordinary prose of this length is near it.
-- longest repeated span: the longest sequence of tokens that stands in the text twice (the two may overlap).
-- cost: mean time of the sampler chain for one token, and of a whole token, in one text a setting. Take it on a machine
-  that does nothing else (`--cost` does this part alone).
+- distinct-n: different n-grams over all n-grams. 1 means no repetition; ordinary prose of this length is near it.
+- longest repeated span: the longest sequence of tokens that occurs twice in the text (the two may overlap).
+- cost: mean time of the sampler chain for one token, and of a whole token, in one text per setting. Measure it on an
+  otherwise idle machine (`--cost` does only this part).
 
 Writes the results (JSON), the plot (SVG), and the table between the markers of docs/guides/sampling.md. Needs the release binary
 (`cargo build --release --bins`) and a package of SmolLM2; nothing but Python's standard library.

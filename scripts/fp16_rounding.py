@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What fp16 does to tiny models of some families, by transformers alone: how far log-probabilities move.
+"""Effect of fp16 on tiny models of some families, measured with transformers only: differences of log-probabilities.
 
     t5/bin/python scripts/fp16_rounding.py [FAMILY...] > benches/results/fp16-rounding.json
 

@@ -23,7 +23,7 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 RUSTFLAGS="${flags[*]}" cargo build --quiet --profile "$profile" --manifest-path fuzz/Cargo.toml --target "$host" --target-dir fuzz/target \
     $(printf -- '--bin %s ' "${targets[@]}")
 
-# A hostile file must not take memory that its size does not explain, nor time.
+# A malicious file must not use memory or time out of proportion to its size.
 # Unoptimized code takes about ten times as long.
 timeout=10
 [ "$profile" != quick ] || timeout=100

@@ -8,7 +8,7 @@
 `make` writes the cases of these exporters: folders of model.onnx, config.json and reference.json as in fixtures/families
 (ONNX Runtime at basic optimizations; a short prompt and one that is longer than every window). The environments are those
 of make_fixtures.py. `check` converts each and compares 20 log-probabilities of each step. `--only TEXT`: cases with TEXT in
-their names. docs/contributing/held-out-exports.md has what the rounds found.
+their names. docs/contributing/held-out-exports.md lists the findings of each round.
 """
 
 import argparse

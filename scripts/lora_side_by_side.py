@@ -6,8 +6,9 @@
 
 "Run time" is the export with two thin products and an addition beside each of the 210 linear modules, x W + (x A) B, converted like any
 other. "Merged" is the package of the plain export with the same adapter merged by `refit --lora`. Both have fp16 weights; the
-script stops if their greedy tokens differ early. Each round runs every package once, in turn: a prompt of 128 tokens, 64 new ones. Processor
-time (of a token: a run with 64 tokens less a run with one) says more than the clock on a machine that does other things, too.
+script stops if their greedy tokens differ early. Each round runs every package once, in turn: a prompt of 128 tokens,
+64 new ones. Processor time (per token: a run with 64 tokens minus a run with one) is more reliable than wall-clock time
+on a busy machine.
 
 Then --clients clients at a time ask a server for 128:32 tokens each: of as many merged adapters (`serve --adapter`; each has steps of its
 own), and of one package with thin products in it, which is what requests of several adapters that share their steps would cost at best.

@@ -9,7 +9,7 @@ versions give the same files. Only for those who add a fixture; the environments
     export/bin/python scripts/make_family_fixtures.py fixtures/families dynamo18
     t5/bin/python scripts/make_family_fixtures.py fixtures/families dynamo18 minicpm3
 
-`FAMILY...` makes just those. What an exporter refuses is said and left out.
+`FAMILY...` makes just those. Models that an exporter refuses are reported and omitted.
 """
 
 import argparse

@@ -12,8 +12,7 @@ environments (the ORT-GenAI and mobius builders want transformers 5, optimum wan
         mobius-onnx==0.1.0 onnx-shape-inference onnxscript onnx==1.23.2
     EXPORTKIT_T5_PYTHON=t5/bin/python export/bin/python scripts/make_fixtures.py fixtures/exports
 
-`--only TEXT` makes just the folders whose name contains TEXT. README.md of the folder is written anew from what
-lies there.
+`--only TEXT` makes just the folders whose name contains TEXT. README.md of the folder is rewritten from its contents.
 """
 
 import argparse

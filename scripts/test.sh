@@ -8,9 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh build tensorrt onnx notebook
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 
-# Lints run in the compilation that the tests need anyway.
+# Lints run in the compilation for the tests.
 export RUSTC_WORKSPACE_WRAPPER=$PWD/scripts/clippy_rustc.sh
-# From nothing, the records for a later, incremental compilation are not worth their time.
+# Incremental compilation records are not worth their time in a full build.
 [ -d "${CARGO_TARGET_DIR:-target}" ] || export CARGO_INCREMENTAL=0
 
 stage() {

@@ -24,7 +24,7 @@ is_changed() {
 }
 
 if [ "${1:-}" = --if-changed ] && ! is_changed; then
-  echo "dynamo/ is as it was: not tested (LAPIDARY_DYNAMO=1 tests it)"
+  echo "dynamo/ is unchanged: not tested (LAPIDARY_DYNAMO=1 tests it)"
   exit 0
 fi
 

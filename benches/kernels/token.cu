@@ -1,4 +1,4 @@
-// What stands around the layers of a token: the embedding's row, and the most probable token.
+// Steps around the layers of a token: the embedding's row, and the most probable token.
 #include "common.cuh"
 
 #ifndef BLOCK
@@ -27,10 +27,10 @@ struct ArgmaxArguments {
     u32* counters;         // [rows]; zero before the first launch and after each, like the candidates
     int* ids;              // the next token of each row, or null
     int* history;          // [rows, history_stride]: ids by step, or null
-    int* lengths;          // counted up, if there
-    int* positions;        // counted up, if there and another array
+    int* lengths;          // incremented, if present
+    int* positions;        // incremented, if present and another array
     int* status;
-    const int* first;      // history goes to place lengths[r] - first[r]
+    const int* first;      // history goes to index lengths[r] - first[r]
     int n, stride, is_float, history_stride;
 };
 
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) argmax(const __grid_constant
         for (int i = begin + threadIdx.x; i < end; i += BLOCK) see(__uint_as_float(load_4(x + i)), i);
     } else {
         const u16* x = (const u16*)a.logits + (u64)row * a.stride;
-        // rows whose length is no multiple of 8 are not aligned to 16 bytes
+        // rows whose length is not a multiple of 8 are not aligned to 16 bytes
         const bool aligned = (a.stride & 7) == 0;
         for (int i = begin + threadIdx.x * 8; i < end; i += BLOCK * 8) {
             if (aligned && i + 8 <= end) {

@@ -1,4 +1,4 @@
-"""A transformers model to measure, and what torch knows of the machine it runs on."""
+"""A transformers model to measure, and torch's facts about the machine."""
 
 import math
 import platform
@@ -38,7 +38,7 @@ def load(source, dtype, device, attention):
             folder, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True).to(device).eval()  # fmt: skip
         synchronize(device)
         name, load_ms = folder.name, (time.perf_counter() - start) * 1e3
-    # Nothing stops a run early, and greedy is greedy.
+    # No early stop, and plain greedy decoding.
     config = model.generation_config
     config.eos_token_id, config.pad_token_id, config.do_sample = None, 0, False
     config.temperature = config.top_p = config.top_k = None
@@ -46,7 +46,7 @@ def load(source, dtype, device, attention):
 
 
 def facts(model, source, name, dtype, expected_hash):
-    """The schema's `model`, and a refusal if the weights are not those that were promised."""
+    """The schema's `model`; refuses weights with another hash than expected."""
     found = weights_hash.of_torch(model) if source.startswith("made:") else weights_hash.of_file(source)["hash"]
     if expected_hash and found != expected_hash:
         raise Unusable(f"the weights of {name} hash to {found}, not {expected_hash}: not the model it is compared with")
@@ -90,7 +90,7 @@ def machine(device, dtype, threads):
 
 
 def gpu_copy_bandwidth():
-    """Bytes read and written a second by a device-to-device copy of 2 GiB, the best of ten."""
+    """Bytes read and written per second by a device-to-device copy of 2 GiB, the best of ten."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").fill_(1)
     target = torch.empty_like(source)
     best = min(events_ms(lambda: target.copy_(source)) for _ in range(10))
@@ -101,7 +101,7 @@ def matmul_peak(device, dtype):
     """FLOP/s of a large square product of random numbers, the mean of ten after three."""
     size = 8192 if device == "cuda" else 1024
     if device == "cpu":
-        dtype = "fp32"  # what CPUs multiply in; fp16 there is emulated
+        dtype = "fp32"  # CPUs multiply in fp32; their fp16 is emulated
     a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
     call = lambda: a @ b
     for _ in range(3):
@@ -136,7 +136,7 @@ def device_memory(model, cache_bytes, context):
     """Bytes of the GPU at their peak: weights, cache, `context` (in use before the model was there), what was held beside
     them, and all that was in use."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # The context, libraries, CUDA graphs: what torch does not count.
+    # The context, libraries, CUDA graphs: memory that torch does not count.
     outside = used_bytes() - torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_reserved() + max(0, outside)
     scratch = max(0, peak - weights - cache_bytes - context)

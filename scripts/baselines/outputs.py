@@ -1,9 +1,9 @@
-"""Prompts that every system gets, what it answered, and how far that is from the reference.
+"""The prompts of every system, its outputs, and their distance from the reference.
 
 A workload file holds the ids that speed is measured with, prompts for comparing outputs and, once the fp32 reference has
 run, the tokens it chose after each: `{"seed", "timed": [id], "prompts": [[id]], "forced": [[id]]}`. Each system writes its own
 greedy tokens and the logits along the reference's tokens, where every system has the same context; both are compared
-before anybody looks at a time.
+before any times are used.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def made_workload(lengths, timed, vocabulary, seed, low=3):
 
 
 def text_workload(lengths, timed, ids):
-    """Real text, repeated to the length asked for."""
+    """Real text, repeated to the requested length."""
     repeated = lambda n: (ids * (n // len(ids) + 1))[:n]
     return {"seed": 0, "timed": repeated(timed), "prompts": [repeated(n) for n in lengths]}
 
@@ -57,7 +57,7 @@ def timed(workload, n):
 
 
 def identities(workload):
-    """What a result file says of the prompts."""
+    """A result file's description of the prompts."""
     return [identity(ids) for ids in (workload["timed"], *workload["prompts"])]
 
 
@@ -67,7 +67,7 @@ def identity(ids):
 
 
 def row(prompt, step, logits):
-    """A row of logits (a numpy vector) as a result file keeps it."""
+    """A row of logits (a numpy vector) in a result file's form."""
     import numpy as np
 
     logits = np.asarray(logits, np.float32)
@@ -81,7 +81,7 @@ def row(prompt, step, logits):
 
 
 def reference_of(path, weights_hash):
-    """The reference's document, if it is of the same numbers."""
+    """The reference's document, if it has the same weights."""
     reference = json.loads(Path(path).read_text())
     theirs = reference["model"]["weights_hash"]
     if theirs != weights_hash:

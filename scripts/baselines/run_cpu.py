@@ -3,9 +3,10 @@
 
     scripts/baselines/run_cpu.py --threads 2 --rounds 3 -o benches/results/cpu
 
-Each system runs in a process of its own, all with the same threads, prompts and numbers, in rounds (A B C A B C …) so that
-a slow minute of the machine falls on everybody; the files hold the samples of all rounds. Outputs are compared before
-anything else: with transformers in fp32 where a Python with torch is named by --torch-python, with ONNX Runtime otherwise.
+Each system runs in its own process, all with the same threads, prompts and weights, in rounds (A B C A B C …), so that
+a slow minute of the machine affects all systems; the files hold the samples of all rounds. Outputs are compared before
+anything else: with transformers in fp32 where a Python with torch is named by --torch-python, with ONNX Runtime
+otherwise.
 
 Needs the release binaries (`cargo build --release`, and for tract `--features tract --example tract_baseline`), the weights
 (scripts/smollm2_weights.py), and onnxruntime in the Python that runs this. Exit status 1 when a system's outputs are not
@@ -51,7 +52,7 @@ class Run:
         given.output.mkdir(parents=True, exist_ok=True)
 
     def process(self, *command):
-        # The binaries may lie outside of the checkout that they are of.
+        # The binaries may be outside of their checkout.
         environment = {"LAPIDARY_COMMIT": schema.commit()} | os.environ
         done = subprocess.run(list(map(str, command)), stdout=sys.stderr, env=environment)
         if done.returncode != 0:
@@ -126,7 +127,7 @@ class Run:
 
     @staticmethod
     def one_bandwidth(documents):
-        """Shares of one bandwidth: the best that any process saw of the machine, whose neighbors come and go."""
+        """Shares of one bandwidth: the best that any process measured, since other load on the machine varies."""
         best = max(document["machine"]["copy_bandwidth_bytes_per_s"] for document in documents)
         for document in documents:
             before = document["machine"]["copy_bandwidth_bytes_per_s"]
@@ -149,7 +150,7 @@ class Run:
                     fill(file, self.reference)
                     rounds[name][0] = json.loads(file.read_text())
         equal = True
-        # Reports take shares of the reference's.
+        # Reports use shares of the reference's bandwidth.
         reference = json.loads(self.reference.read_text())
         self.one_bandwidth([reference, *(d for documents in rounds.values() for d in documents if "error" not in d)])
         schema.write(self.reference, reference)

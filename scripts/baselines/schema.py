@@ -1,8 +1,8 @@
 """The result file that every system writes: `lapidary bench`, the baselines of this folder, the Rust baselines in examples/.
 
-Owns its field names, summaries and units; `docs/reference/benchmarks.md` explains them. Needs nothing but Python, so
-that each baseline can import it. Samples are rounded to four decimals when they enter a document and summaries are made
-from the rounded numbers: a reader can compute them again, and `check` does.
+Owns its field names, summaries and units; `docs/reference/benchmarks.md` explains them. Needs only Python, so that each
+baseline can import it. Samples are rounded to four decimals when they enter a document and summaries are made from the
+rounded numbers: a reader can compute them again, and `check` does.
 """
 
 import json
@@ -82,7 +82,7 @@ class Model:
         table = self.vocabulary * self.hidden
         self.read_per_token = parameters - (0 if tied else table)
         self.head_elements = table
-        # What is neither a table nor a norm (or a bias, which is as small) multiplies every token.
+        # Everything except tables, norms and biases multiplies every token.
         tables = table if tied else 2 * table
         norms = (2 * self.layers + 1) * self.hidden
         self.linear_elements = parameters - tables - norms
@@ -110,8 +110,8 @@ class Model:
 
 
 class Document:
-    """A result file. Until it is whole it is `NAME.partial.json`, written anew after every measurement, so that a run that
-    is interrupted leaves a partial file that is not mistaken for a whole one."""
+    """A result file. Until it is complete it is `NAME.partial.json`, rewritten after every measurement, so that an
+    interrupted run leaves a partial file that cannot be mistaken for a complete one."""
 
     def __init__(self, path, name, variant, label, model, machine, versions, prompts, seed, settings, process="self"):
         """`process`: the one that runs the system, by its number under /proc."""
@@ -170,7 +170,7 @@ class Document:
         self.add("end_to_end", {"prompt": prompt, "new_tokens": new_tokens, "runs": listed, **of_runs(listed)})
 
     def loaded(self, load_ms):
-        """From nothing to a model that takes tokens; null if it is unknown."""
+        """From start to a model that accepts tokens; null if unknown."""
         self["load"] = None if load_ms is None else {"load_ms": load_ms, "first_load_ms": None}
 
     def add(self, section, entry):
@@ -199,7 +199,7 @@ class Document:
 
 
 def of_runs(runs):
-    """What follows from the runs of an end-to-end entry."""
+    """Values derived from the runs of an end-to-end entry."""
     latencies = [run["latency_ms"] for run in runs]
     return {
         "ttft_ms": summary([run["ttft_ms"] for run in runs]),
@@ -222,7 +222,7 @@ def summary_line(section, entry):
 
 
 def write(path, values):
-    """One line a sample list, so that a file of thousands of samples stays readable and small."""
+    """One line per sample list, so that a file with thousands of samples stays readable and small."""
     text = json.dumps(values, indent=1, ensure_ascii=False)
     # Lists of numbers, and lists of pairs of them, on one line.
     text = re.sub(r"\[[\s\d.,eE+\-\[\]]*\]", lambda found: re.sub(r"\s+", "", found[0]).replace(",", ", "), text)
@@ -234,8 +234,8 @@ def write(path, values):
 
 
 def failed(path, name, variant, label, words, settings=None, like=None, dtype=None):
-    """The file of a system that could not run: its own words, no measurement. Machine, model and workload are those of the
-    file `like`, the reference's."""
+    """The file of a system that could not run: its error message, no measurements. Machine, model and workload are
+    those of the file `like`, the reference's."""
     note(label, "did not run:", words)
     if not like:
         raise Unusable(f"{label} did not run: {words}; without --reference there is no file to say so in")
@@ -369,7 +369,7 @@ def note(*words):
 
 
 def command_line():
-    """With the repository's own paths in it and not those of the machine."""
+    """Replaces paths of the machine by paths of the repository."""
     return " ".join(sys.argv).replace(f"{ROOT}/", "")
 
 
@@ -428,7 +428,7 @@ def copy_bandwidth_here(threads):
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(7):
             start = time.perf_counter()
-            # numpy gives up the interpreter's lock while it copies.
+            # numpy releases the interpreter's lock while it copies.
             list(pool.map(lambda part: np.copyto(*part), parts))
             best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best

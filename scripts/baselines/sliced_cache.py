@@ -1,11 +1,12 @@
-"""A cache of keys and values that gives attention what it holds and no more: without empty slots there is nothing to mask."""
+"""A KV cache that passes only its used slots to attention: without empty slots no mask is needed."""
 
 import torch
 from transformers.cache_utils import Cache
 
 
 class SlicedCache(Cache):
-    """Buffers of `capacity` slots; `length` of them are full, and the caller counts. An update goes behind them."""
+    """Buffers of `capacity` slots; `length` of them are used, and the caller maintains it. An update is written after
+    them."""
 
     def __init__(self, config, capacity, device, dtype):
         heads = config.num_key_value_heads

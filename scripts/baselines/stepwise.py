@@ -1,4 +1,4 @@
-"""What baselines that run an ONNX export step by step have in common: flags, samples, outputs, the file.
+"""Common code of baselines that run an ONNX export step by step: flags, samples, outputs, the file.
 
 A decoder gives `dtype`, `reset()`, `feed(ids)` (the row of logits after the last), `step(ids)` (milliseconds to the next
 token's id on the host, and the id), and may give `load_ms`, `process` (where it runs, if not here) and `facts()`, sections of
@@ -53,7 +53,8 @@ def outputs_of(decoder, workload, reference):
 
 
 class Refused(Exception):
-    """The system does not take this export; its words are a result. `dtype`: what it would have run in, if known."""
+    """The system does not support this export; its message is a result. `dtype`: what it would have run in, if
+    known."""
 
     def __init__(self, words, dtype=None):
         super().__init__(words)
@@ -111,7 +112,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
         result.prefill(tokens, [timed(decoder, ids, 1)[0] for _ in range(given.prefill_samples + 1)][1:])
     for live in given.live:
         ids, samples = outputs.timed(workload, live), []
-        # What a process pays once for each length is not what a step takes.
+        # One-time costs of a process for each length are not part of a step.
         timed(decoder, ids, RUN + 1)
         for _ in range(max(1, given.decode_samples // RUN)):
             samples += timed(decoder, ids, RUN + 1)[1]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""TensorRT-RTX with its own ONNX parser as a baseline: the way of its users, which Lapidary does not take.
+"""TensorRT-RTX with its own ONNX parser as a baseline: its usual path, which Lapidary does not use.
 
     tensorrt_onnx_baseline.py MODEL.onnx --workload WORKLOAD.json -o RESULT.json        on a GPU
     tensorrt_onnx_baseline.py --verdicts VERDICTS.json EXPORT.onnx…                     parses and builds, needs no GPU
@@ -33,7 +33,7 @@ PARSER_LIBRARY = "libtensorrt_onnxparser_rtx.so.1"
 def tensorrt():
     """The bindings, which do not find their libraries by themselves when these are not installed as a package."""
     path = os.environ.get("TENSORRT_RTX_LIB")
-    # fp32 is fp32 here too: TensorRT-RTX heeds this and not its builder's flag.
+    # True fp32 here too: TensorRT-RTX uses this variable and not its builder's flag.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if not path:
         raise Unusable("TENSORRT_RTX_LIB is not set: it names libtensorrt_rtx.so.1")
@@ -50,7 +50,7 @@ def tensorrt():
 
 def logger_of(trt):
     class Logger(trt.ILogger):
-        """Keeps the errors; says nothing."""
+        """Collects errors; prints nothing."""
 
         def __init__(self):
             trt.ILogger.__init__(self)
@@ -76,7 +76,7 @@ class Built:
         self.logger = logger_of(trt)
         start = time.perf_counter()
         builder = trt.Builder(self.logger)
-        network = builder.create_network(0)  # strongly typed, the only mode there is
+        network = builder.create_network(0)  # strongly typed, the only mode
         parser = trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(path)):
             raise Refused("the parser: " + parser_words(parser, self.logger))
@@ -209,7 +209,7 @@ class Decoder:
         return (time.perf_counter() - start) * 1e3, token
 
     def facts(self):
-        """Asked at the end: nothing that was taken is given back before."""
+        """Read at the end: no memory is freed before."""
         built = self.built
         plan = {"profile": "prompt; one token behind any cache", "bytes": built.plan.nbytes, "build_ms": built.build_ms}
         cache = sum(t.numel() * t.element_size() for sets in self.caches.values() for t in sets)
@@ -219,7 +219,7 @@ class Decoder:
 
 
 def verdict(path):
-    """What the parser and the builder say of one export."""
+    """The messages of the parser and the builder for one export."""
     try:
         built = Built(tensorrt(), path, 64, 128)
         return {"taken": True, "cache": "grows" if built.grows else "static", "layers": built.layers, "build_ms": round(built.build_ms), "plan_bytes": built.plan.nbytes}
@@ -228,7 +228,7 @@ def verdict(path):
 
 
 def verdicts(given):
-    """Of all exports, each in a process of its own: some end it."""
+    """For all exports, each in its own process: some crash it."""
     version, found = tensorrt().__version__, []
     for path in given.exports:
         command = [sys.executable, __file__, "--verdict", path]

@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 class Clock:
-    """A streamer that notes when tokens arrive on the host."""
+    """A streamer that records when tokens arrive on the host."""
 
     def __init__(self):
         self.times, self.prompt_seen = [], False
@@ -88,7 +88,7 @@ class Eager:
         return self.torch.tensor([ids], device=self.device)
 
     def make_room(self, _tokens):
-        """Readies an empty cache for so many tokens, outside of what is timed."""
+        """Prepares an empty cache for this many tokens, outside of the timed part."""
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
@@ -203,7 +203,7 @@ class Frozen(Static):
 
     def step(self, token, position):
         """The row of logits, on the device, and the next token's id."""
-        # What the step before gave back may be written over.
+        # The previous step's result may be overwritten.
         self.torch.compiler.cudagraph_mark_step_begin()
         self.token.fill_(token)
         self.position.fill_(position)
@@ -247,7 +247,7 @@ class Frozen(Static):
 
 
 class FrozenFlash(Frozen):
-    """A step over a cache that is cut to its length, so that attention needs no mask and FlashAttention takes it."""
+    """A step over a cache that is cut to its length, so that attention needs no mask and FlashAttention supports it."""
 
     grows = False
 
@@ -426,7 +426,7 @@ def measure(mode, result, arguments, workload, reference):
 
 
 def warm(mode, result, workload, tokens):
-    """Until nothing is compiled any more: the first run over a capacity compiles, and the second once more."""
+    """Runs until nothing compiles any more: the first two runs at a capacity compile."""
     before = mode.capacity
     mode.make_room(tokens)
     if mode.compiled and mode.capacity == before:

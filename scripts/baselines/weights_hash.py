@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""One hash over a model's numbers, the same for every system, file format and dtype that holds exactly these numbers.
+"""One hash over a model's weights, the same for every system, file format and dtype that represents them exactly.
 
 Each tensor of the Hugging Face checkpoint is narrowed to the first of f16, bf16 and f32 that holds all its numbers
-exactly, so an fp16 checkpoint that somebody stored as fp32 hashes the same. Then BLAKE3 over the lines
-`name TAB dtype TAB dims TAB hex(BLAKE3 of the little-endian bytes)` in order of name. A head that shares its numbers with
-the embedding is left out. `lapidary bench` computes the same from a package.
+exactly, so an fp16 checkpoint stored as fp32 has the same hash. Then BLAKE3 over the lines `name TAB dtype TAB dims TAB
+hex(BLAKE3 of the little-endian bytes)` in order of name. A head that shares its numbers with the embedding is left out.
+`lapidary bench` computes the same from a package.
 
     weights_hash.py MODEL.onnx|HUGGING_FACE_FOLDER      prints it, with the number of parameters, as JSON
 """

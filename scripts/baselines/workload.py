@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the workload file that all systems of a comparison get: see outputs.py.
+"""Makes the workload file for all systems of a comparison: see outputs.py.
 
     workload.py WORKLOAD.json --vocabulary 32000                 random ids, for made models
     workload.py WORKLOAD.json --ids-from fixtures/smollm2/reference.json

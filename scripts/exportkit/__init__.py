@@ -1,4 +1,4 @@
-"""Tiny decoder LLMs, exported by every exporter people use, with reference logits.
+"""Tiny decoder LLMs, exported by every common exporter, with reference logits.
 
 `families` builds random-weight models and saves them as Hugging Face checkpoints, `exporters` turns a
 checkpoint into an ONNX file, `reference` decodes with ONNX Runtime (and with torch beside it) and writes

@@ -1,4 +1,4 @@
-"""One function an exporter: a saved checkpoint in, `model.onnx` out, and how its cache is fed.
+"""One function per exporter: a saved checkpoint in, `model.onnx` out, and the form of its cache.
 
 The functions of `EXPORTERS` take `(model, checkpoint, folder, shape)` and return a `CacheForm`. Those of torch and
 optimum run here (transformers 4.57); the ORT-GenAI and mobius builders need transformers 5 and run in another

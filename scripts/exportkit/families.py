@@ -17,7 +17,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model is like. `extra` goes to the config as it is."""
+    """Sizes and options of a model. `extra` goes to the config unchanged."""
 
     family: str
     hidden: int = 32

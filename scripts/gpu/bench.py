@@ -1,9 +1,9 @@
 """The benchmark on a GPU: every system over one model, each in a process of its own, one result file a system.
 
 A stage makes (or finds) the model, its workload and the fp32 reference, converts with `lapidary convert`, runs `lapidary
-bench` and every baseline. A job whose file is there is not run again, so a stage that was cut off goes on where it was; jobs
-are not begun after the time of a call is up, BENCH_SECONDS for all its stages. After each job all files go into one archive
-under $OUT, unfinished ones (`*.partial.json`) too.
+bench` and every baseline. A job with an existing file is not run again, so an interrupted stage continues where it
+stopped; no job starts after the time of a call is over, BENCH_SECONDS for all its stages. After each job all files go
+into one archive under $OUT, unfinished ones (`*.partial.json`) too.
 """
 
 import functools
@@ -26,7 +26,7 @@ BASELINES = ROOT / "scripts" / "baselines"
 # Decode runs are of 16 tokens: from 4080 they fill a cache of 4096.
 CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512"]
 CAPACITIES = [256, 1024, 4096]
-# What matters most comes first, in case the time is up.
+# The most important first, in case time runs out.
 MODES = ["static-compile", "frozen", "frozen-flash", "eager", "eager-flash", "static"]
 # In the brief run whole texts are generated once or twice.
 BRIEF_CASES = {"eager": ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512", "--runs", "1"],
@@ -37,7 +37,7 @@ DEVICE = "cpu" if TARGET == "cpu" else "cuda"
 
 
 class Stage:
-    """The jobs of one model: where their files are, what is done, how much time is left."""
+    """The jobs of one model: their files, their state, and the remaining time."""
 
     def __init__(self, model, results, timed=4096):
         """`timed`: tokens of the workload that prompts and contexts are cut from."""
@@ -170,7 +170,7 @@ def made(size, results):
 
 
 def exported(stage, size, form=""):
-    """The export, made if it is not there; None if that failed."""
+    """The export, made if missing; None if that failed."""
     path = export_of(size, form)
     make = [sys.executable, Path(make_model.__file__), size, path.parent, *(["--form", form] if form else [])]
     there = path.exists() or stage.job(f"export {size} {form}".strip(), lambda: stage.process(make))
@@ -239,14 +239,14 @@ def smollm2_prepared(results):
 
 # -- one switch at a time
 
-# Where nothing else is said: one capacity, so that a variant is three engines, of which most are in the plan cache.
+# By default one capacity, so that a variant has three engines, most of them in the plan cache.
 SMALL = ["--prefill", "128,512"]
 SMALL_CASES = ["--prefill", "128,512,960", "--live", "300", "--end-to-end", "128:512"]
 
 
 class Variant:
-    """A package and how it is benched, and which switch it has in another position. `lapidary report` compares it with
-    the run without a switch that is most like it; it knows the groups by these names."""
+    """A package, its benchmark flags, and its changed switch. `lapidary report` compares it with the run without a
+    switch that is most like it; it knows the groups by these names."""
 
     def __init__(self, group, switch, convert=(), capacities=(1024,), lowering=None, bench=(), cases=None, package=None):
         self.group, self.switch, self.capacities = group, switch, list(capacities)
@@ -415,7 +415,7 @@ def brief(results):
 
 
 def parsers(size, results):
-    """TensorRT's own parser alone."""
+    """Only TensorRT's own parser."""
     stage = Stage(f"llama-{size}", results)
     stage.prepare(f"made:{size}")
     onnx_parser(stage, size)

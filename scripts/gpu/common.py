@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: where the binaries are, how they are called, one JSON file of results."""
+"""Common code of this folder's scripts: the binaries and their calls, and one JSON file of results."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def note(*words):
 
 
 class Results:
-    """A JSON file that is written anew after every entry, so that a run that is cut off leaves what it had."""
+    """A JSON file that is rewritten after every entry, so that an interrupted run keeps its results."""
 
     def __init__(self, path):
         self.path, self.values = Path(path), {}
@@ -52,7 +52,7 @@ class Results:
         self.path.write_text(json.dumps(self.values, indent=1) + "\n")
 
     def attempt(self, key, function, *arguments, **options):
-        """Keeps what the function gives, or why it failed, and how long it took."""
+        """Records the function's result or error, and its time."""
         note(key, "…")
         start = time.time()
         try:

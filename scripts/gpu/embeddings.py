@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Decoders that take rows of embeddings on the GPU, in every way that weights enter an engine: prompts as ids and as rows, against
-the CPU executor on the same package and against the recorded tokens of the export.
+"""Decoders that take embeddings on the GPU, in every weight mode: prompts as ids and as rows, against the CPU executor
+on the same package and against the recorded tokens of the export.
 
 The decoders are small exports of fixtures with their embedding taken out, and those that pack.sh took along from .gpu/embeddings:
 a folder each with model.onnx, whose unread `model.embed_tokens.weight` is the table, and reference.json, a list of prompts

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Exports of many families on the GPU, with weights bound, embedded and stripped, in fp32 and fp16: against the CPU executor on the
-same package, with a short prompt and with one that is longer than windows and switches of tiny models.
+"""Exports of many families on the GPU, with bound, embedded and stripped weights, in fp32 and fp16: against the CPU
+executor on the same package, with a short prompt and with one that is longer than the windows and switches of tiny
+models.
 
-The exports are those that pack.sh took along from .gpu/families, one folder each. Tokens may part where the CPU's two best are
-closer than the limit.
+The exports are those that pack.sh took along from .gpu/families, one folder each. Tokens may differ where the CPU's two
+best are closer than the limit.
 """
 
 import os

@@ -22,7 +22,7 @@ case ${1:-} in
   start | start-peers)
     wheels
     stage=prepare && [ "$1" = start ] || stage=peers-prepare
-    # From a copy: the next call lays this tree anew.
+    # From a copy: the next call writes this tree again.
     mkdir -p /tmp/lapidary-tree && cp -r scripts fixtures /tmp/lapidary-tree/ && cd /tmp/lapidary-tree
     OUT=$kept BENCH_SECONDS=900 setsid nohup python3 scripts/gpu/run.py $stage > "$kept/prepare.log" 2>&1 < /dev/null &
     ;;
@@ -44,7 +44,7 @@ case ${1:-} in
     for kind in quantized families embeddings; do
       if [ -e "$kept/$kind.tar.xz" ]; then xz -dc "$kept/$kind.tar.xz" | tar -x -C "$kept"; fi
     done
-    # Results that an earlier machine left: their jobs are not done again.
+    # Results of an earlier machine: their jobs are not run again.
     for archive in "$kept"/results/bench-*.tar.gz; do
       [ -e "$archive" ] || continue
       folder=$LAPIDARY_WORK/bench/$(basename "${archive##*/bench-}" .tar.gz)/results

@@ -2,7 +2,7 @@
 """Decode kernels on the GPU: packages of every fixture in 16 bits, quantized ones among them, with kernels and without, against
 the CPU executor on the same package. `LAPIDARY_KERNEL_TARGET=80` in the environment tries the variants for SM 8.0.
 
-Tokens may part where the CPU's two best are closer than the limit.
+Tokens may differ where the CPU's two best are closer than the limit.
 """
 
 import json

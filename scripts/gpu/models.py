@@ -1,4 +1,5 @@
-"""A model of real size: made, exported, converted, compared with transformers, timed. Other systems: bench.py."""
+"""Creates a model of real size, exports, converts, compares with transformers, and measures. For other systems see
+bench.py."""
 
 import gc
 import json

@@ -1,8 +1,8 @@
 """Logits and greedy tokens against transformers, in fp16 and in fp32.
 
-The truth is transformers in fp32 on the same weights. fp16 has an error of its own: random weights have no clear favourites, and
-which of two near tokens wins says nothing. A token other than the truth's best must be within the error of its row; the
-error of transformers' own fp16 is reported beside it.
+The reference is transformers in fp32 with the same weights. fp16 has its own error: with random weights many tokens are
+nearly equal, and their order means nothing. A token other than the reference's best must be within the error of its
+row; the error of transformers' own fp16 is also reported.
 """
 
 import copy
@@ -76,7 +76,7 @@ def choices(chosen, truth, spread):
 
 
 def compare(ours, truth, prompt, after, half):
-    """`half`: compare with what transformers' own fp16 does as well."""
+    """`half`: also compare with transformers' own fp16."""
     reference = truth.rows(truth.full, prompt, after)
     mine = error(ours, reference)
     spread = np.sqrt(np.mean((ours - reference) ** 2, axis=1))

@@ -1,9 +1,10 @@
-"""ONNX Runtime GenAI and transformers beside Lapidary on one GPU in one run: the same weights in fp16, and the int4 codes of GenAI's model builder.
+"""ONNX Runtime GenAI, transformers and Lapidary on one GPU in one run: the same weights in fp16, and the int4 codes of
+GenAI's model builder.
 
 `prepare` needs torch and the builder alone, so it can run while the rest is carried: it writes the checkpoint of a made model, GenAI's two
 folders and the fp32 reference. `compare` converts and measures. Lapidary's fp16 package is of make_model.py's export, whose weights hash to
-those of the checkpoint; its int4 package is of GenAI's own int4 export. Where the builder cannot be imported for want of onnxruntime-gpu, its
-Python part alone is run.
+those of the checkpoint; its int4 package is of GenAI's own int4 export. If the builder cannot be imported because
+onnxruntime-gpu is missing, only its Python part is run.
 """
 
 import functools
@@ -98,7 +99,7 @@ def package(stage, size, precision, source):
 
 
 def compare(size, results):
-    """One after the other, ours and theirs; for int4 how far each of them is from the other too."""
+    """One after the other; for int4 also the difference between systems."""
     stage = Stage(f"llama-{size}", results, timed=SLOTS)
     stage.prepare(f"made:{size}")
     file = lambda name: stage.files / f"{stage.model}-peer-{name}.json"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Quantized models on the GPU, in every way that weights enter an engine: against the CPU executor on the same package, with the
-prompt in one run on both, since dynamically quantized activations have the range of a run.
+"""Quantized models on the GPU, in every weight mode: against the CPU executor on the same package, with the prompt in
+one run on both, since dynamically quantized activations have the range of a run.
 
 Small exports of fixtures/exports quantized by `convert --quantize`, and exports that are quantized already: those that pack.sh
-took along from .gpu/quantized, one folder each. Tokens may part where the CPU's two best are closer than the limit.
+took along from .gpu/quantized, one folder each. Tokens may differ where the CPU's two best are closer than the limit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Two weight sets and one set of engines: how long it takes to go from one to the other, on disk and on the GPU.
+"""Two weight sets and one set of engines: the time to switch between them, on disk and on the GPU.
 
 Packages of one model are made for the first set: with bound weights, and stripped for a general and for an identical refit.
 `lapidary strip` and `lapidary refit` make the same package with the second set, without building an engine. Then sessions swap
@@ -61,7 +61,7 @@ def timed(*arguments):
 
 
 def generate(package):
-    """What a person waits for: the command, of it loading, and the first token."""
+    """Waiting times of a user: the command, its loading time, and the first token."""
     start = time.time()
     record = json.loads(lapidary("generate", package, "--prompt-ids", "5,6,7,8", "--max-new-tokens", 4, "--temperature", 0,
                                "--ignore-eos", "--device", "cuda", "--json"))
@@ -90,7 +90,7 @@ def of_mode(mode, size, first, second):
 
 
 def other_weights_are_refused(one, two, first, second):
-    """An identical refit takes its own weights back, and no others: neither on disk nor in a session."""
+    """An identical refit accepts only its own weights, on disk and in a session."""
     refused = lapidary("refit", two, "--from", second / "model.onnx", "--mode", "identical", check=False)
     out = {"other_set_refused": refused.returncode == 2, "message": refused.stderr.strip()[-400:]}
     out["refit_s"] = timed("refit", two, "--from", first / "model.onnx", "--mode", "identical")

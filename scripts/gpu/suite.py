@@ -1,5 +1,5 @@
 """Tests that run on the GPU: the CPU executor's own cases on TensorRT (the test binary `executor` with
-LAPIDARY_TEST_BACKEND=tensorrt: one suite, two back ends), and those that only a GPU can show (the binary `gpu`).
+LAPIDARY_TEST_BACKEND=tensorrt: one suite, two back ends), and those that need a GPU (the binary `gpu`).
 
 Each of the executor's tests has a process of its own: within one process TensorRT loads one engine at a time.
 """
@@ -42,7 +42,7 @@ def one(binary, name, timeout):
     except subprocess.TimeoutExpired as expired:
         text = (expired.stdout or b"").decode() + (expired.stderr or b"").decode()
         code = "timeout"
-    # A filter that finds nothing ends with 0 too.
+    # A filter without matches also exits with 0.
     ok = code == 0 and "1 passed" in text
     return {"test": f"{binary} {name}", "ok": ok, "seconds": round(time.time() - start, 1),
             **({} if ok else {"exit": code, "output": text[-4000:]})}

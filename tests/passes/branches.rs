@@ -614,6 +614,6 @@ fn branches_that_are_not_one_model_are_refused() {
     // Neither reads the past.
     refused(
         &|past, prompt| *past = prompt.clone(),
-        &["choose", "none of them reads past keys and values"],
+        &["choose", "no branch reads past keys and values"],
     );
 }

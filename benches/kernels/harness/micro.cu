@@ -1,4 +1,4 @@
-// What a chain of dependent launches costs when each kernel reads 2 KB that all blocks of the kernel before wrote.
+// Time of a chain of dependent launches in which each kernel reads 2 KB written by all blocks of the previous kernel.
 // MODE 0: griddepcontrol.wait; 1: counters in memory; 2: wait, next launch allowed only after the wait
 #include "common.cuh"
 extern "C" __global__ void __launch_bounds__(256) chain(const u16* x, u16* y, u32* mine, const u32* before, int n) {
