@@ -52,7 +52,7 @@ pub fn leading(input: &Input) -> Vec<&Group> {
     all
 }
 
-/// Those with another system. Not those of which a session with peers has every system.
+/// Groups with another system, except those whose systems are all in a session with peers.
 fn compared(input: &Input) -> Vec<&Group> {
     let all = leading(input).into_iter();
     let is_covered = |g: &Group| {
@@ -118,8 +118,8 @@ pub fn format_in(group: &Group, r: &ResultFile) -> String {
 /// A medium prompt length; the first page has the longest up to this.
 const PROMPT: usize = 512;
 
-/// What the first page shows of a group: the shortest context and a prompt; of a session with peers the longest context too.
-/// Contexts that the most systems have.
+/// A group's measurements on the first page: the shortest context and a prompt, and for a session with peers the
+/// longest context too. Contexts are those with results from the most systems.
 fn chosen(ours: &ResultFile, group: &Group) -> Vec<Measure> {
     let all = Measure::union([ours]);
     let tokens = all.iter().copied().filter(|m| matches!(m, Measure::Token(_)));
