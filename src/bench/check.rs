@@ -45,7 +45,7 @@ pub enum ResultError {
         expected: String,
     },
     #[error(
-        "{}: {field} is there beside `error`: a system that could not run has measured nothing",
+        "{}: {field} is present beside `error`: a system that could not run has measured nothing",
         path.display()
     )]
     MeasuredBesideError { path: PathBuf, field: &'static str },

@@ -32,7 +32,7 @@ pub enum WorkloadError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {message}", path.display())]
     Invalid { path: PathBuf, message: String },
-    #[error("the timed prompt has {has} tokens, and {wanted} are asked for")]
+    #[error("the timed prompt has {has} tokens, but {wanted} are required")]
     TooShort { has: usize, wanted: usize },
 }
 

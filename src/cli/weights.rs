@@ -185,12 +185,12 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let of = weights.tensors.len();
     print(&match different.len() {
         0 => format!(
-            "{} ({}): all {of} weights are there and equal the package's\n",
+            "{} ({}): all {of} weights are present and equal the package's\n",
             from.display(),
             source.kind
         ),
         n => format!(
-            "{} ({}): all {of} weights are there and fit; {n} differ from the package's, for example {}{}\n",
+            "{} ({}): all {of} weights are present and fit; {n} differ from the package's, for example {}{}\n",
             from.display(),
             source.kind,
             different[0].name,

@@ -40,7 +40,7 @@ use crate::weights::checks::Allowed;
 use crate::weights::embeddings::{self, EmbeddingError};
 use crate::weights::norm_parameter;
 
-/// Receives the progress of a conversion. Every method has a default that does nothing; so does `()`.
+/// Receives the progress of a conversion. Every method has a default that does nothing; `()` implements it.
 pub trait Progress: Send + Sync {
     /// Work of unknown length began: `reading`, `rewriting`, `tuning`, `engines`.
     fn step(&self, what: &str) {

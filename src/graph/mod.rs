@@ -139,7 +139,7 @@ impl Node {
     }
 }
 
-/// Who wrote the export.
+/// The exporter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Producer {
     /// The exporter's name; empty if unknown.
@@ -407,7 +407,7 @@ impl Graph {
         }
     }
 
-    /// Who reads each value: (node, input number). Graph outputs are not included.
+    /// The readers of each value: (node, input number). Graph outputs are not included.
     pub fn uses(&self) -> HashMap<ValueId, Vec<(NodeId, usize)>> {
         let mut uses: HashMap<ValueId, Vec<(NodeId, usize)>> = HashMap::new();
         for id in self.node_ids() {

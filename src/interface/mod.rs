@@ -116,7 +116,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         }
         let required = REQUIRED_INPUTS.map(|role| (&inputs, role)).into_iter();
         let required = required.chain(REQUIRED_OUTPUTS.map(|role| (&outputs, role)));
-        // A layer with any of its four ports has all of them, and so do the layers before it.
+        // A layer with any of its four ports has all of them, like the layers before it.
         let layers = inputs.iter().chain(&outputs).filter_map(|port| port.role.cache());
         let layers = layers.map(|cache| cache.layer.saturating_add(1)).max().unwrap_or(0);
         let caches: Vec<CacheId> = (0..layers.min(inputs.len() + outputs.len()))

@@ -146,7 +146,7 @@ impl Package {
         self.files().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Weights and constants whose files are there.
+    /// Weights and constants whose files are present.
     fn stored_weights(&self) -> impl Iterator<Item = &manifest::WeightFile> {
         let m = &self.manifest;
         std::iter::once(&m.weights).chain(&m.constants).filter(|w| !w.stripped)

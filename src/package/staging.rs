@@ -1,9 +1,9 @@
 //! A folder that appears completely or not at all.
 //!
 //! Everything is written to a hidden sibling of the target, which is renamed at the end. Dropping a [`Staging`] without
-//! committing removes what was written, and so does [`remove_unfinished`], for a signal handler. The sibling of a killed process is
-//! removed when the same target is written again. Everything is synced to the disk before the rename, so a
-//! package is also complete after a power failure.
+//! committing removes what was written; [`remove_unfinished`] does the same for a signal handler. The sibling of a
+//! killed process is removed when the same target is written again. Everything is synced to the disk before the rename,
+//! so a package is also complete after a power failure.
 //!
 //! If the target is a symbolic link, its destination is replaced and the link stays.
 

@@ -1,8 +1,9 @@
 //! The input of a report: results in comparable groups, conversions, and files of other forms.
 //!
-//! A group is one model in one dtype on one machine. All its results must have the same weights and prompts, and different
-//! labels; otherwise nothing is reported. Results of a session that compares Lapidary with its peers (`peer` in the file name,
-//! or the setting `comparison: peers`) form groups of their own, one a model and machine, with weights in several formats.
+//! A group is one model in one dtype on one machine. All its results must have the same weights and prompts, and
+//! different labels; otherwise nothing is reported. Results of a session that compares Lapidary with its peers (`peer`
+//! in the file name, or the setting `comparison: peers`) form separate groups, one per model and machine, with weights
+//! in several formats.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -52,7 +52,7 @@ pub enum DType {
     U2,
     /// Two's complement, 2 bits; only stored.
     I2,
-    /// 8 bits with 4 of exponent, finite but for NaN, up to 448; only stored.
+    /// 8 bits with 4 of exponent, finite except NaN, up to 448; only stored.
     F8E4M3Fn,
     /// 8 bits with 5 of exponent, infinities and NaN as IEEE has them, up to 57344; only stored.
     F8E5M2,

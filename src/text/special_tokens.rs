@@ -1,7 +1,7 @@
 //! Special and added tokens in `tokenizer_config.json`, in addition to those of `tokenizer.json`.
 //!
-//! transformers adds them when it opens a tokenizer; so does this module, if each keeps the id in the file. Warnings
-//! name omitted tokens and contradictions between the two files.
+//! transformers adds them when it opens a tokenizer; this module does the same if each keeps the id in the file.
+//! Warnings name omitted tokens and contradictions between the two files.
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Model};

@@ -43,7 +43,7 @@ fn what_cannot_be_measured_is_refused_first() {
     assert!(
         prompts(json!({"seed": 1, "timed": [4, 5], "prompts": []}))
             .0
-            .contains("has 2 tokens, and 5 are asked for")
+            .contains("has 2 tokens, but 5 are required")
     );
     assert!(
         prompts(json!({"seed": 1, "timed": [97], "prompts": []}))

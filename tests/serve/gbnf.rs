@@ -381,7 +381,7 @@ fn grammars_that_cannot_be_read_say_where() {
         ),
         (
             "root ::= \"a\"\nb ::= \"b\"\nroot ::= \"c\"",
-            "GBNF, line 3: rule \"root\" is there already, in line 1",
+            "GBNF, line 3: rule \"root\" is already defined in line 1",
         ),
         (
             "root ::= \"a\" | x\nx ::= \"b\" x",

@@ -320,7 +320,7 @@ fn a_head_that_is_missing_or_not_meant() {
     let other = contradictions(&untied, &says("llama", json!(true)), UNTIED);
     assert_eq!(
         other,
-        ["tie_word_embeddings: true / a head of its own, and lm_head.weight is not the embedding"]
+        ["tie_word_embeddings: true / a separate head, and lm_head.weight is not the embedding"]
     );
     let same = [("model.embed_tokens.weight", 1.0), ("lm_head.weight", 1.0)];
     assert_eq!(
@@ -343,11 +343,11 @@ fn configurations_of_tensorrt_llm() {
     for (change, expected) in [
         (
             json!({"mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1}}),
-            "tp_size: 2 / the whole model, of which one rank holds a part",
+            "tp_size: 2 / the whole model, but one rank holds a part",
         ),
         (
             json!({"mapping": {"world_size": 2}}),
-            "world_size: 2 / the whole model, of which one rank holds a part",
+            "world_size: 2 / the whole model, but one rank holds a part",
         ),
         (
             json!({"rotary_base": 1e6}),

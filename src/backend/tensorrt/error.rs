@@ -13,7 +13,7 @@ pub enum EngineBuildError {
     #[error(transparent)]
     Library(#[from] LibraryError),
 
-    /// Refittable and stripped engines need a CUDA driver at build time, and so do all engines of full TensorRT.
+    /// Refittable and stripped engines, and all engines of full TensorRT, need a CUDA driver at build time.
     #[error("{what} needs a CUDA driver and GPU at build time, and {reason}")]
     NeedsGpu {
         /// The kind of engine.
@@ -219,7 +219,7 @@ pub enum LibraryError {
     },
 
     /// A second library in one process.
-    #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was asked for")]
+    #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was requested")]
     AnotherLoaded {
         /// The library in use.
         loaded: PathBuf,
@@ -251,7 +251,7 @@ impl Help for LibraryError {
                 format!("give the path of {library} {}, or {}", by_path(), install())
             }
             LibraryError::Version { .. } => install(),
-            LibraryError::AnotherLoaded { .. } => "use the other in a process of its own".to_string(),
+            LibraryError::AnotherLoaded { .. } => "use the other in a separate process".to_string(),
         })
     }
 }

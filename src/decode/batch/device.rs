@@ -13,7 +13,7 @@ pub struct BatchRow<'l> {
     pub position: usize,
     /// Only the id of the largest logit is needed.
     pub only_best: bool,
-    /// What comes after it replaces what is there.
+    /// Receives the result, replacing the contents.
     pub output: &'l mut RowOutput,
 }
 

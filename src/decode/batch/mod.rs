@@ -367,7 +367,7 @@ impl BatchDecoder {
             let ready = self.make_ready(id, next.token);
             match &ready {
                 Ok(()) => going.push((i, *next)),
-                // A failed growth leaves the cache as it was.
+                // A failed growth leaves the cache unchanged.
                 Err(_) => self.sequences.get_mut(&id).expect("looked at").output = None,
             }
             results.push(ready);

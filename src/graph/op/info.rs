@@ -178,7 +178,7 @@ pub struct OperatorInfo {
     pub domain: &'static str,
     /// The name within its domain.
     pub op_type: &'static str,
-    /// The opset versions up to 24 that define it anew, ascending; 1 alone in other domains.
+    /// The opset versions up to 24 that redefine it, ascending; 1 alone in other domains.
     pub versions: &'static [i64],
     /// The inputs in order.
     pub inputs: &'static [Input],

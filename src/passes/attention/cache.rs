@@ -73,7 +73,7 @@ pub fn solve(
     };
     if new.is_empty() {
         return Err(format!(
-            "{} is made of nothing besides the cache {}, where a projection was expected",
+            "{} depends only on the cache {}, where a projection was expected",
             name(operand.value),
             name(input)
         ));
@@ -136,7 +136,7 @@ fn find(
     }
     let rows_value = trace.rows_before_cache(output, sources).ok_or_else(|| {
         format!(
-            "the output {} is not made of what the attention reads",
+            "the output {} does not consist of the attention's operands",
             graph.value(output).name
         )
     })?;
@@ -192,7 +192,7 @@ fn find(
     let reason = reasons
         .into_iter()
         .next()
-        .unwrap_or_else(|| format!("its shape {dims:?} is none of a cache"));
+        .unwrap_or_else(|| format!("its shape {dims:?} is not that of a cache"));
     Err(format!("the cache {name}: {reason}"))
 }
 

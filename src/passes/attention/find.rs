@@ -321,7 +321,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 at = node.input(0).expect("data input");
             }
             (Op::Binary(Binary::Add) | Op::Where, [_] | [0, _]) if cap.is_some() => {
-                return Err("its mask lies before the soft cap, which hides no slots".into());
+                return Err("its mask is before the soft cap, so it hides no slots".into());
             }
             (Op::Binary(Binary::Add), [i]) => {
                 mask.push(term(other(*i), added));

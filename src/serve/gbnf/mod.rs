@@ -56,7 +56,7 @@ pub enum GbnfError {
         name: String,
     },
     /// Two rules with the same name.
-    #[error("GBNF, line {line}: rule {name:?} is there already, in line {first}")]
+    #[error("GBNF, line {line}: rule {name:?} is already defined in line {first}")]
     Repeated {
         /// Line of the second rule.
         line: usize,

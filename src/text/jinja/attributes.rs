@@ -51,7 +51,7 @@ pub(super) fn item(value: &Value, index: &Value) -> Result<Value, Error> {
     match (found, index.as_str()) {
         (Some(found), _) => Ok(found),
         (None, Some(name)) => python_attribute(value, name),
-        (None, None) => Ok(Value::undefined("an item that there is not")),
+        (None, None) => Ok(Value::undefined("an item that does not exist")),
     }
 }
 

@@ -443,7 +443,7 @@ impl<'a> Reader<'a> {
                     _ => true,
                 });
                 if !same {
-                    let package = format!("a head of its own, and {name} is not the embedding");
+                    let package = format!("a separate head, and {name} is not the embedding");
                     self.compared.differs("tie_word_embeddings", true, package);
                 }
             }

@@ -58,7 +58,7 @@ fn ranks(compared: &mut Comparison<'_>) {
         .filter(|(_, size)| *size > 1)
         .collect();
     if let Some((name, size)) = found.first() {
-        compared.differs(name, size, "the whole model, of which one rank holds a part");
+        compared.differs(name, size, "the whole model, but one rank holds a part");
     }
 }
 

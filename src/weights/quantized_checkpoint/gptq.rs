@@ -266,7 +266,7 @@ fn plus_one(zeros: &Constant) -> Result<Constant, String> {
     let (_, most) = dtype.int_range();
     match values.iter().position(|v| *v > most) {
         Some(at) => Err(format!(
-            "has the zero point {} at {at}, stored as {most}, which is none of {} bits",
+            "has the zero point {} at {at}, stored as {most}, which does not fit {} bits",
             values[at],
             dtype.bits()
         )),

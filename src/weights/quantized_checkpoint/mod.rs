@@ -191,7 +191,7 @@ fn put(tensors: &mut Tensors, layer: &str, weight: Result<Constant, QuantizedErr
     let name = format!("{layer}.weight");
     let weight = weight.map_err(|error| format!("{layer}: {error}"))?;
     if tensors.insert(name.clone(), weight.with_origin(&name)).is_some() {
-        return Err(format!("{layer}: it is there quantized, and as {name:?}"));
+        return Err(format!("{layer}: it is present both quantized and as {name:?}"));
     }
     Ok(name)
 }

@@ -95,7 +95,7 @@ impl Compiler<'_> {
     /// Emits a row layer together with those it can be fused with.
     pub(super) fn emit_group(&mut self, root: usize) -> Result<(), CpuError> {
         let network = self.network;
-        // A cast between floats changes nothing in memory: if its input is there, so is its output.
+        // A cast between floats changes nothing in memory: if its input is available, its output is too.
         if let LayerKind::Cast { to } = &network.layers[root].kind {
             let (input, output) = (network.layers[root].inputs[0], network.layers[root].outputs[0]);
             let floats = to.is_float() && network.tensor(input).dtype.is_float();

@@ -115,7 +115,7 @@ impl Gemv {
     }
 
     /// # Safety
-    /// As [`Gemv::columns`]; columns `column..column + C` are there.
+    /// As [`Gemv::columns`]; columns `column..column + C` are in bounds.
     #[inline(always)]
     unsafe fn rows_of<S: Simd, E: Element, const C: usize>(&self, column: usize) {
         let mut row = 0;
@@ -137,12 +137,12 @@ impl Gemv {
     /// `C` columns by `R` rows of y.
     ///
     /// # Safety
-    /// As [`Gemv::rows_of`]; rows `row..row + R` are there.
+    /// As [`Gemv::rows_of`]; rows `row..row + R` are in bounds.
     #[inline(always)]
     unsafe fn block<S: Simd, E: Element, const C: usize, const R: usize>(&self, row: usize, column: usize) {
-        // SAFETY: rows `row..row + R` and columns `column..column + C` are there, so each pointer of `x` and `w` has
-        // `depth` elements behind it, of which vectors end at `whole <= depth`. `y` is aligned (kernels/mod.rs) and no
-        // other item writes these columns.
+        // SAFETY: rows `row..row + R` and columns `column..column + C` are in bounds, so each pointer of `x` and `w`
+        // has `depth` elements behind it, of which vectors end at `whole <= depth`. `y` is aligned (kernels/mod.rs) and
+        // no other item writes these columns.
         unsafe {
             let x: [*const f32; R] = std::array::from_fn(|r| self.places.x(row + r));
             let w: [*const u8; C] = std::array::from_fn(|c| self.w.add((column + c) * self.w_stride * E::SIZE));

@@ -69,7 +69,7 @@ impl QuantizedRows {
     /// There are this many scales.
     #[inline(always)]
     pub unsafe fn scale(&self, i: usize) -> f32 {
-        // SAFETY: scale `i` is there, and of that storage.
+        // SAFETY: scale `i` is in bounds, and of that storage.
         unsafe {
             match self.scale_storage {
                 DType::F16 => F16::get(self.scales, i),
@@ -85,7 +85,7 @@ impl QuantizedRows {
     /// There are this many scales; `n <= LANES`; `S` is available.
     #[inline(always)]
     pub unsafe fn first_scales<S: Simd>(&self, i: usize, n: usize) -> S::V {
-        // SAFETY: scales `i..i + n` are there, and of that storage.
+        // SAFETY: scales `i..i + n` are in bounds, and of that storage.
         unsafe {
             match self.scale_storage {
                 DType::F16 => S::first_f16(self.scales.cast::<u16>().add(i), n),
@@ -103,7 +103,7 @@ impl QuantizedRows {
     unsafe fn zero(&self, i: usize) -> f32 {
         match self.zeros.is_null() {
             true => 0.0,
-            // SAFETY: zero point `i` is there.
+            // SAFETY: zero point `i` is in bounds.
             false => f32::from(unsafe { *self.zeros.add(i) }),
         }
     }

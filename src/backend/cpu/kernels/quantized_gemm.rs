@@ -63,7 +63,7 @@ impl QuantizedGemm {
     /// `scratch[p, j]` becomes element `[column + j, first + p]` of the weights, 0 for `j` from `columns` on.
     ///
     /// # Safety
-    /// As [`Kernel::run`]; the elements are there.
+    /// As [`Kernel::run`]; the elements are in bounds.
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, column: usize, columns: usize, first: usize, depth: usize) {
         let w = &self.right;
@@ -110,9 +110,9 @@ impl QuantizedGemm {
         let (lanes, per_word) = (S::LANES, K::PER_WORD);
         let (width, block) = (2 * lanes, w.block[1]);
         let row_bytes = w.depth * 4 / per_word;
-        // SAFETY: rows `column..column + columns` of the weights are there, and of each the codes, scales and zero points of
-        // `first..first + depth`; a vector of words reads no byte behind its row. The scratch has `depth` rows of `width`,
-        // of which `store` writes the vector at `left` alone, for rows below `depth`.
+        // SAFETY: rows `column..column + columns` of the weights are in bounds, with the codes, scales and zero points
+        // of `first..first + depth`; a vector of words reads no byte past its row. The scratch has `depth` rows of
+        // `width`; `store` writes only the vector at `left`, for rows below `depth`.
         unsafe {
             for left in [0, lanes] {
                 let live = columns.saturating_sub(left).min(lanes);

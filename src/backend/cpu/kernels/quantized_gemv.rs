@@ -153,7 +153,7 @@ impl QuantizedGemv {
     }
 
     /// # Safety
-    /// As [`QuantizedGemv::columns`]; columns `column..column + C` are there.
+    /// As [`QuantizedGemv::columns`]; columns `column..column + C` are in bounds.
     #[inline(always)]
     unsafe fn rows_of<S: Simd, K: Code<S>, const C: usize>(&self, code: K, prepared: &Prepared, column: usize) {
         let mut row = 0;
@@ -180,7 +180,7 @@ impl QuantizedGemv {
     /// for few rows.
     ///
     /// # Safety
-    /// As [`QuantizedGemv::rows_of`]; rows `row..row + R` are there.
+    /// As [`QuantizedGemv::rows_of`]; rows `row..row + R` are in bounds.
     #[inline(always)]
     unsafe fn block<S: Simd, K: Code<S>, const C: usize, const R: usize, const IN_TURN: bool>(
         &self,
@@ -193,9 +193,9 @@ impl QuantizedGemv {
         let (lanes, bytes) = (S::LANES, 4 * S::LANES);
         let row_bytes = w.depth * 4 / K::PER_WORD;
         let zeros = !w.zeros.is_null();
-        // SAFETY: rows `row..row + R` of x and y and columns `column..column + C` are there. A chunk is a vector of words of
-        // each column; the last one reads the bytes that are left of the row. `Prepared` has a vector of x for each code of
-        // a word of each chunk, and the blocks of each chunk, for which there are scales and zero points.
+        // SAFETY: rows `row..row + R` of x and y and columns `column..column + C` are in bounds. A chunk is a vector of
+        // words of each column; the last one reads the remaining bytes of the row. `Prepared` has a vector of x for
+        // each code of a word of each chunk, and the blocks of each chunk, for which there are scales and zero points.
         unsafe {
             let codes: [*const u8; C] = std::array::from_fn(|c| w.codes.add((column + c) * row_bytes));
             let mut acc = [[S::splat(0.0); R]; C];

@@ -49,7 +49,7 @@ impl Element for F32 {
     }
     #[inline(always)]
     unsafe fn get(p: *const u8, i: usize) -> f32 {
-        // SAFETY: element `i` is there by the contract, read unaligned.
+        // SAFETY: element `i` is in bounds by the contract, read unaligned.
         unsafe { p.cast::<f32>().add(i).read_unaligned() }
     }
     #[inline(always)]
@@ -59,7 +59,7 @@ impl Element for F32 {
     }
     #[inline(always)]
     unsafe fn set(p: *mut u8, i: usize, x: f32) {
-        // SAFETY: element `i` is there by the contract, written unaligned.
+        // SAFETY: element `i` is in bounds by the contract, written unaligned.
         unsafe { p.cast::<f32>().add(i).write_unaligned(x) }
     }
 }
@@ -73,7 +73,7 @@ impl Element for F16 {
     }
     #[inline(always)]
     unsafe fn get(p: *const u8, i: usize) -> f32 {
-        // SAFETY: element `i` is there by the contract, read unaligned.
+        // SAFETY: element `i` is in bounds by the contract, read unaligned.
         f16::from_bits(unsafe { p.cast::<u16>().add(i).read_unaligned() }).to_f32()
     }
     #[inline(always)]
@@ -83,7 +83,7 @@ impl Element for F16 {
     }
     #[inline(always)]
     unsafe fn set(p: *mut u8, i: usize, x: f32) {
-        // SAFETY: element `i` is there by the contract, written unaligned.
+        // SAFETY: element `i` is in bounds by the contract, written unaligned.
         unsafe { p.cast::<u16>().add(i).write_unaligned(f16::from_f32(x).to_bits()) }
     }
 }
@@ -97,7 +97,7 @@ impl Element for Bf16 {
     }
     #[inline(always)]
     unsafe fn get(p: *const u8, i: usize) -> f32 {
-        // SAFETY: element `i` is there by the contract, read unaligned.
+        // SAFETY: element `i` is in bounds by the contract, read unaligned.
         f32::from_bits(u32::from(unsafe { p.cast::<u16>().add(i).read_unaligned() }) << 16)
     }
     #[inline(always)]
@@ -114,7 +114,7 @@ impl Element for Bf16 {
     }
     #[inline(always)]
     unsafe fn set(p: *mut u8, i: usize, x: f32) {
-        // SAFETY: element `i` is there by the contract, written unaligned.
+        // SAFETY: element `i` is in bounds by the contract, written unaligned.
         unsafe { p.cast::<u16>().add(i).write_unaligned(bf16::from_f32(x).to_bits()) }
     }
 }

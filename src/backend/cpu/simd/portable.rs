@@ -154,26 +154,26 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn first_f32(p: *const f32, n: usize) -> [f32; 4] {
         std::array::from_fn(|i| match i < n {
-            // SAFETY: elements below `n` are there, read unaligned.
+            // SAFETY: elements below `n` are in bounds, read unaligned.
             true => unsafe { p.add(i).read_unaligned() },
             false => 0.0,
         })
     }
     #[inline(always)]
     unsafe fn first_f16(p: *const u16, n: usize) -> [f32; 4] {
-        // SAFETY: elements below `n` are there, read unaligned.
+        // SAFETY: elements below `n` are in bounds, read unaligned.
         let bits = |i: usize| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0 };
         std::array::from_fn(|i| f16::from_bits(bits(i)).to_f32())
     }
     #[inline(always)]
     unsafe fn first_bf16(p: *const u16, n: usize) -> [f32; 4] {
-        // SAFETY: elements below `n` are there, read unaligned.
+        // SAFETY: elements below `n` are in bounds, read unaligned.
         let bits = |i: usize| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0 };
         std::array::from_fn(|i| f32::from_bits(u32::from(bits(i)) << 16))
     }
     #[inline(always)]
     unsafe fn first_i8(p: *const i8, n: usize) -> [f32; 4] {
-        // SAFETY: elements below `n` are there.
+        // SAFETY: elements below `n` are in bounds.
         std::array::from_fn(|i| if i < n { f32::from(unsafe { *p.add(i) }) } else { 0.0 })
     }
 }

@@ -194,7 +194,7 @@ impl Help for RunError {
                 ObjectionKind::Memory => or_on_the_cpu("free memory on the GPU"),
                 ObjectionKind::Cuda => or_on_the_cpu("see whether `nvidia-smi` and `lapidary doctor` find the GPU"),
             },
-            RunError::Read { .. } => "copy the package anew, or convert the model again".to_string(),
+            RunError::Read { .. } => "copy the package again, or convert the model again".to_string(),
             RunError::Load { message, .. } if message.to_lowercase().replace(' ', "").contains("outofmemory") => {
                 or_on_the_cpu("free memory on the GPU")
             }

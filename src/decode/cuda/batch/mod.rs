@@ -198,7 +198,7 @@ impl CudaBatchDevice {
         });
         let mut ends = 0..0;
         let queued = queued.and_then(|()| {
-            // Rows beside one another in one copy.
+            // Adjacent rows in one copy.
             rows.chunk_by(|a, b| a.only_best == b.only_best).try_for_each(|same| {
                 ends = ends.end..ends.end + same.len();
                 match same[0].only_best {

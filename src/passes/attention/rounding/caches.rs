@@ -72,10 +72,7 @@ impl Places<'_, '_, '_> {
                 None => again.len() == 1,
             };
             if !settles {
-                return self.unplaced(
-                    first,
-                    "each call rounds past keys or values anew, to other codes than they have",
-                );
+                return self.unplaced(first, "each call rounds past keys or values again, to different codes");
             }
             older = Some(written.iter().chain(&past).chain(&roundings).copied().collect());
         }

@@ -301,11 +301,7 @@ impl Places<'_, '_, '_> {
             .expect("trees without roundings are the same");
         self.unplaced(
             rounding,
-            format!(
-                "{} ({}) takes it with values rounded otherwise",
-                node.op.name(),
-                node.name
-            ),
+            format!("{} ({}) reads it with different rounding", node.op.name(), node.name),
         )
     }
 
