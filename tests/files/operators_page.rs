@@ -12,7 +12,7 @@ const HEAD: &str = "\
 
 What Lapidary reads, as `src/graph/op` declares it. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not edit.
 
-- *Versions*: the opsets that define the operator anew, up to 24; models of opset 11 to 25 are read. Contrib operators of ONNX
+- *Versions*: the opsets that redefine the operator, up to 24; models of opset 11 to 25 are read. Contrib operators of ONNX
   Runtime (`com.microsoft`) and operators of Lapidary's own (`lapidary`) have one version.
 - *Inputs*: their element types; `=` marks those that must be of one type, `?` those that may be left out, `…` one that may be
   repeated.
