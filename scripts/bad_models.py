@@ -172,7 +172,7 @@ def externalize(folder, location="model.onnx.data", keep=None, length=None, offs
     save(model, folder)
 
 
-@case("weight `embed` lies in model.onnx.data, which is not there")
+@case("weight `embed` is in model.onnx.data, which is missing")
 def external_missing(folder):
     externalize(folder, keep=0)
 
@@ -244,7 +244,7 @@ def weight_complex(folder):
     save(model, folder)
 
 
-@case("node `o` multiplies by `o_proj`, which nothing defines")
+@case("node `o` multiplies by `o_proj`, which is not defined")
 def missing_initializer(folder):
     model = decoder()
     model.graph.initializer.remove(tensor_of(model, "o_proj"))

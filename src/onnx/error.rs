@@ -83,7 +83,7 @@ pub enum ReadErrorKind {
         first: String,
         second: String,
     },
-    #[error("{reader} reads the value {value:?}, which nothing defines")]
+    #[error("{reader} reads the value {value:?}, which is not defined")]
     Undefined { value: String, reader: String },
     #[error("node {node:?} ({op}): {reason}")]
     Node { node: String, op: String, reason: String },
