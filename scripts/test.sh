@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
 # canonical graphs in ONNX Runtime, `verify` against tract, the Python wheel, AddressSanitizer, loom, fuzzing, the documentation's site, the benchmark's scripts and notebook.
-# About half an hour on two cores from nothing; docs/contributing/build-time.md says where they go.
+# About half an hour on two cores from nothing; docs/contributing/build-time.md has a breakdown.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
