@@ -18,7 +18,7 @@ from pathlib import Path
 OPS = """
 Abs Add And Attention Cast Clip Concat ConstantOfShape Cos Div Elu Equal Erf Exp Expand Flatten Gather GatherElements
 GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mul
-Neg Not Or Pow RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
+Neg Not Or Pow RMSNormalization Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
 RotaryEmbedding ScatterElements ScatterND Shape Sigmoid Sin Size Slice Softmax Split Sqrt Squeeze Sub Swish Tanh
 TensorScatter Tile TopK Transpose Trilu Unsqueeze Where ArgMax NonZero OneHot
 """.split()

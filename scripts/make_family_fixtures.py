@@ -67,6 +67,7 @@ LATENT = {
 }
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.0, 2.5]}
+PHIMOE = {"router_jitter_noise": 0.2, "attention_bias": True, "lm_head_bias": True}
 # By family: the model type of transformers, and its configuration.
 FAMILIES = {
     # ALiBi, from the mask and from a table; six heads have slopes that are no powers of two.
@@ -82,6 +83,11 @@ FAMILIES = {
     "deepseek-v3": ("deepseek_v3", {**USUAL, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1}),
     # Sinks beside the scores.
     "gpt-oss": ("gpt_oss", {**USUAL, **EXPERTS, "sliding_window": 8}),
+    # The same as a factor after attention, by the log of its denominator; layers with a window and without a rotation.
+    "granite-sinks": ("granite_swa", {**USUAL, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "attention_multiplier": 0.13}),
+    "granitemoe-sinks": ("granitemoe_swa", {**USUAL, **EXPERTS, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    # Differences of attention: heads in pairs, two values of each.
+    "diffllama": ("diffllama", {**PLAIN, "num_attention_heads": 8, "num_key_value_heads": 4}),
     # Interleaved rotation by repeated columns; a partial one.
     "cohere": ("cohere", USUAL),
     "glm": ("glm", USUAL),
@@ -104,7 +110,11 @@ FAMILIES = {
     "qwen3moe": ("qwen3_moe", {**USUAL, **EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}),
     "mixtral": ("mixtral", {**USUAL, **EXPERTS}),
     "granitemoe": ("granitemoe", {**PLAIN, **EXPERTS}),
+    # Weights by the sigmoid of the logits that a correction chose.
+    "kolibri1": ("kolibri1", {**USUAL, **EXPERTS, "shared_expert_intermediate_size": 24}),
     "olmoe": ("olmoe", {**PLAIN, **EXPERTS}),
+    # Experts chosen one after the other, among close ones; norms and projections with biases.
+    "phimoe": ("phimoe", {**PLAIN, **EXPERTS, **PHIMOE}),
     # A number of sequences that the export fixes.
     "llama-batch2": ("llama", USUAL),
     # In bf16, for the separate folder fixtures/bf16.

@@ -34,5 +34,7 @@ mod reports;
 mod rounded;
 #[path = "passes/same_answer.rs"]
 mod same_answer;
+#[path = "passes/sinks.rs"]
+mod sinks;
 #[path = "passes/unnamed.rs"]
 mod unnamed;

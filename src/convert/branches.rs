@@ -1,8 +1,9 @@
 //! Merged decoders: the branch that reads past keys and values is converted, and the other branch must be the
 //! same model.
 //!
-//! Both are executed for one short prompt, with the export's weights: their logits, keys and values must agree. The
-//! passes prove that the converted branch also computes a prompt without a past.
+//! Both are executed for one short prompt, with the export's own weights: the logits and the keys and values that they give
+//! must agree. The passes prove that the converted branch also computes a prompt without a past. One that was traced with a single
+//! token, and lets several attend to one another, is given the prompt token after token.
 //!
 //! Memory: weights stay in the mapped file. Casts of weights and dequantized codes are computed right before the node that reads
 //! them and dropped after it, in whatever order the export lists the nodes.
@@ -40,10 +41,44 @@ fn compare(kept: &Graph, left_out: &Graph) -> Result<(), String> {
         .iter()
         .map(|(id, role)| (kept.value(*id).name.as_str(), *role))
         .collect();
-    let (with_past, without) = (answers(kept, &roles)?, answers(left_out, &roles)?);
+    let without = answers(left_out, &roles, None)?;
+    let found = answers(kept, &roles, None).and_then(|with_past| agree(kept, &with_past, &without));
+    // What keeps the tokens of a prompt apart says nothing against it where they come one by one.
+    found.or_else(|reason| {
+        let by_token = in_turn(kept, &roles).and_then(|with_past| agree(kept, &with_past, &without).ok());
+        by_token.ok_or(reason)
+    })
+}
+
+/// The logits of every token of the prompt, given one after the other, and the caches after the last. `None`: that cannot be had.
+fn in_turn(kept: &Graph, roles: &HashMap<&str, InputRole>) -> Option<Vec<Tensor>> {
+    let is_cache = |id: &&ValueId| roles.get(kept.value(**id).name.as_str()) == Some(&InputRole::Cache);
+    let caches: Vec<ValueId> = kept.inputs.iter().filter(is_cache).copied().collect();
+    let mut logits: Vec<Tensor> = Vec::new();
+    let mut past: HashMap<ValueId, Tensor> = HashMap::new();
+    for token in 0..PROMPT.len() {
+        let mut outputs = answers(kept, roles, Some((token, &past))).ok()?;
+        // Logits come first, and caches in the order in which they are taken.
+        let updated = outputs.split_off(1);
+        if updated.len() != caches.len() {
+            return None;
+        }
+        past = caches.iter().copied().zip(updated).collect();
+        logits.append(&mut outputs);
+    }
+    let rows: Vec<f64> = logits.iter().flat_map(Tensor::to_f64).collect();
+    let mut shape = logits.first()?.shape().to_vec();
+    *shape.get_mut(1)? = PROMPT.len();
+    let joined = tensor_of(logits[0].dtype(), shape, &rows);
+    let caches = caches.iter().filter_map(|cache| past.remove(cache));
+    Some(std::iter::once(joined).chain(caches).collect())
+}
+
+/// Whether the outputs of both branches agree; how not, if they do not.
+fn agree(kept: &Graph, with_past: &[Tensor], without: &[Tensor]) -> Result<(), String> {
     let mut nodes = kept.node_ids();
     let quantized = nodes.any(|id| kept.node(id).op.info().family == Family::Quantization);
-    for ((id, a), b) in kept.outputs.iter().zip(&with_past).zip(&without) {
+    for ((id, a), b) in kept.outputs.iter().zip(with_past).zip(without) {
         let name = &kept.value(*id).name;
         if a.shape() != b.shape() || a.dtype() != b.dtype() {
             return Err(format!(
@@ -82,13 +117,19 @@ fn tolerance(dtype: DType, quantized: bool) -> f64 {
     }
 }
 
-/// The outputs for the prompt, without a past.
-fn answers(graph: &Graph, roles: &HashMap<&str, InputRole>) -> Result<Vec<Tensor>, String> {
+/// The outputs for the prompt, without a past; or for one token of it, after what the caches hold.
+fn answers(
+    graph: &Graph,
+    roles: &HashMap<&str, InputRole>,
+    one: Option<(usize, &HashMap<ValueId, Tensor>)>,
+) -> Result<Vec<Tensor>, String> {
     let uses = graph.uses();
     let mut bindings = HashMap::new();
     for id in graph.inputs.iter().filter(|id| uses.contains_key(id)) {
         let name = graph.value(*id).name.as_str();
-        let tensor = roles.get(name).and_then(|role| input(graph, *id, *role));
+        let held = one.and_then(|(_, past)| past.get(id).cloned());
+        let start = one.map(|(token, _)| token);
+        let tensor = held.or_else(|| roles.get(name).and_then(|role| input(graph, *id, *role, start)));
         let tensor = tensor.ok_or_else(|| format!("they cannot be compared: it is not known what to give {name}"))?;
         bindings.insert(*id, tensor);
     }
@@ -163,11 +204,12 @@ fn executed(graph: &Graph, mut known: HashMap<ValueId, Tensor>) -> Result<Vec<Te
     graph.outputs.iter().map(|id| tensor(&known, *id)).collect()
 }
 
-/// The value of an input for the prompt.
-fn input(graph: &Graph, id: ValueId, role: InputRole) -> Option<Tensor> {
+/// What a caller gives an input for the prompt, or for one token of it.
+fn input(graph: &Graph, id: ValueId, role: InputRole, one: Option<usize>) -> Option<Tensor> {
     let value = graph.value(id);
     let (dtype, shape) = (value.dtype?, value.shape.as_ref()?);
-    let tokens = PROMPT.len();
+    let (start, tokens) = one.map_or((0, PROMPT.len()), |token| (token, 1));
+    let total = start + tokens;
     let rank = shape.len();
     // Lengths by axis, if free: one sequence, the prompt, no past.
     let dims = |free: &dyn Fn(usize) -> usize| -> Option<Vec<usize>> {
@@ -185,16 +227,20 @@ fn input(graph: &Graph, id: ValueId, role: InputRole) -> Option<Tensor> {
     };
     let constant = |number: f64| Some(filled(dims(&|_| 1)?, &|_| number));
     match role {
-        InputRole::InputIds => Some(filled(dims(&of_tokens)?, &|i| PROMPT[i % tokens] as f64)),
+        InputRole::InputIds => Some(filled(dims(&of_tokens)?, &|i| PROMPT[start + i % tokens] as f64)),
         InputRole::Embeddings => {
             let dims = dims(&|axis| if axis == 1 { tokens } else { 1 })?;
-            Some(filled(dims, &|i| (i * 37 % 101) as f64 / 50.0 - 1.0))
+            let width = dims.last().copied().unwrap_or(1);
+            Some(filled(dims, &|i| ((start * width + i) * 37 % 101) as f64 / 50.0 - 1.0))
         }
-        InputRole::PaddingMask => Some(filled(dims(&of_tokens)?, &|_| 1.0)),
-        InputRole::Positions => Some(filled(dims(&of_tokens)?, &|i| (i % tokens) as f64)),
-        InputRole::PastLength | InputRole::ChosenRows => constant(0.0),
-        InputRole::TotalLength => constant(tokens as f64),
-        InputRole::LastPosition => constant(tokens as f64 - 1.0),
+        InputRole::PaddingMask => Some(filled(dims(&|axis| if axis + 1 == rank { total } else { 1 })?, &|_| {
+            1.0
+        })),
+        InputRole::Positions => Some(filled(dims(&of_tokens)?, &|i| (start + i % tokens) as f64)),
+        InputRole::PastLength => constant(start as f64),
+        InputRole::ChosenRows => constant(0.0),
+        InputRole::TotalLength => constant(total as f64),
+        InputRole::LastPosition => constant(total as f64 - 1.0),
         InputRole::Cache => Some(filled(dims(&|axis| usize::from(axis == 0))?, &|_| 0.0)),
         InputRole::FullMask | InputRole::Unread => None,
     }

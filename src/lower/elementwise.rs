@@ -262,6 +262,7 @@ impl Lowering<'_> {
         }
         axes.sort_unstable();
         let op = match reduction {
+            Reduction::LogSumExp => return self.log_sum_exp(name, x, &axes, keep_dims),
             Reduction::Mean => ReduceOp::Avg,
             Reduction::Sum | Reduction::SumSquare => ReduceOp::Sum,
             Reduction::Max => ReduceOp::Max,
@@ -269,6 +270,45 @@ impl Lowering<'_> {
             Reduction::Prod => ReduceOp::Prod,
         };
         Ok(self.b.add(name, LayerKind::Reduce { op, axes, keep_dims }, &[x])?)
+    }
+
+    /// The logarithm of the sum of exponentials, taken of what is left of each without the largest.
+    fn log_sum_exp(&mut self, name: &str, x: TensorId, axes: &[usize], keep_dims: bool) -> Lowered {
+        let part = |part: &str| format!("{name}/{part}");
+        let reduced = |op| LayerKind::Reduce {
+            op,
+            axes: axes.to_vec(),
+            keep_dims: true,
+        };
+        let most = self.b.add(&part("most"), reduced(ReduceOp::Max), &[x])?;
+        // Infinity less infinity would be no number.
+        let (dtype, rank) = (self.b.dtype(x), self.b.rank(x));
+        let largest = match dtype {
+            DType::F16 => 65504.0,
+            _ => 3e38,
+        };
+        let bounds = [self.number(dtype, rank, -largest)?, self.number(dtype, rank, largest)?];
+        let most = self
+            .b
+            .elementwise(&part("not_below"), Elementwise::Max, most, bounds[0])?;
+        let most = self
+            .b
+            .elementwise(&part("not_above"), Elementwise::Min, most, bounds[1])?;
+        let below = self.b.elementwise(&part("below"), Elementwise::Sub, x, most)?;
+        let exponentials = self.b.unary(&part("exponentials"), UnaryOp::Exp, below)?;
+        let sum = self.b.add(&part("sum"), reduced(ReduceOp::Sum), &[exponentials])?;
+        let log = self.b.unary(&part("log"), UnaryOp::Log, sum)?;
+        let whole = if keep_dims { name.to_string() } else { part("kept") };
+        let result = self.b.elementwise(&whole, Elementwise::Sum, log, most)?;
+        if keep_dims {
+            return Ok(result);
+        }
+        let shape = self.b.shape(result).iter().enumerate();
+        let shape = shape
+            .filter(|(axis, _)| !axes.contains(axis))
+            .map(|(_, dim)| dim.clone());
+        let shape = shape.collect();
+        self.reshape(name, result, shape)
     }
 
     /// An ONNX axis, which may count from the end.

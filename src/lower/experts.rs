@@ -13,7 +13,7 @@ use super::linear::volume;
 use crate::dim::Dim;
 use crate::graph::op::{ChosenWeights, ExpertActivation, Experts, Gating, Op, RouterScores, Routing};
 use crate::graph::{Node, ValueId};
-use crate::network::{Activation, Elementwise, Greatest, LayerKind, MatrixOp, ReduceOp, Shape, TensorId};
+use crate::network::{Activation, Elementwise, Greatest, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
 /// The operands of an `Experts` node.
@@ -92,6 +92,10 @@ impl Lowering<'_> {
                     .b
                     .add(&part("normalized"), LayerKind::Softmax { axis: last }, &[weights])?;
             }
+            ChosenWeights::Sigmoid => {
+                weights = self.b.activation(&part("shares"), Activation::Sigmoid, weights)?;
+            }
+            ChosenWeights::SparseMixer => weights = self.sparse_mixer(name, (scores, weights, chosen), how)?,
         }
         let weights = self.scaled(&part("scaled"), weights, how.scale)?;
         let weights = self.b.cast(&part("weights"), dtype, weights)?;
@@ -134,7 +138,52 @@ impl Lowering<'_> {
         self.reshape(&part("in_groups"), inside, shape)
     }
 
-    /// One-hot: indices `[.., k]` to bools `[.., k, depth]`.
+    /// Weights of experts that are chosen one after the other, from the scores of all, and the scores and numbers of those chosen.
+    fn sparse_mixer(&mut self, name: &str, of: (TensorId, TensorId, TensorId), how: &Routing) -> Lowered {
+        let (scores, own, chosen) = of;
+        let part = |part: &str| format!("{name}/{part}");
+        let all = self.b.shape(scores).clone();
+        let last = all.len() - 1;
+        let rank = all.len() + 1;
+        // `[.., chosen, all]`.
+        let mut rows = self.b.shape(own).clone();
+        rows.push(one());
+        let own = self.reshape(&part("own"), own, rows)?;
+        let mut others = all.clone();
+        others.insert(last, one());
+        let others = self.reshape(&part("others"), scores, others)?;
+        let gap = self.b.elementwise(&part("gap"), Elementwise::Sub, own, others)?;
+        let magnitude = self
+            .b
+            .add(&part("magnitude"), LayerKind::Unary(UnaryOp::Abs), &[others])?;
+        let size = self.b.elementwise(&part("size"), Elementwise::Max, magnitude, own)?;
+        let bound = self.scaled(&part("bound"), size, how.margin)?;
+        let far = self.b.elementwise(&part("far"), Elementwise::Greater, gap, bound)?;
+        // How often each was chosen before.
+        let hot = self.one_hot(&part("turns"), chosen, all[last].clone())?;
+        let hot = self.b.cast(&part("turn"), DType::F32, hot)?;
+        let (k, mut shape) = (how.top_k, vec![1; rank]);
+        (shape[rank - 2], shape[rank - 1]) = (k, k);
+        let below: Vec<f32> = (0..k * k).map(|i| if i % k < i / k { 1.0 } else { 0.0 }).collect();
+        let below = self.b.constant(&part("earlier"), Tensor::from_f32(shape, &below))?;
+        let product = LayerKind::MatrixMultiply {
+            op_a: MatrixOp::None,
+            op_b: MatrixOp::None,
+        };
+        let before = self.b.add(&part("before"), product, &[below, hot])?;
+        let half = self.number(DType::F32, rank, 0.5)?;
+        let gone = self.b.elementwise(&part("gone"), Elementwise::Greater, before, half)?;
+        let out = self.b.elementwise(&part("out"), Elementwise::Or, far, gone)?;
+        let falling = self.b.elementwise(&part("falling"), Elementwise::Sub, others, own)?;
+        let share = self.b.add(&part("share"), LayerKind::Unary(UnaryOp::Exp), &[falling])?;
+        let none = self.number(DType::F32, rank, 0.0)?;
+        let competing = self.b.add(&part("competing"), LayerKind::Select, &[out, none, share])?;
+        let total = self.summed(&part("competition"), competing, rank - 1, false)?;
+        let kind = LayerKind::Unary(UnaryOp::Recip);
+        Ok(self.b.add(&part("mixed"), kind, &[total])?)
+    }
+
+    /// `[.., k]` of indices as `[.., k, depth]` of bools.
     fn one_hot(&mut self, name: &str, indices: TensorId, depth: Dim) -> Lowered {
         let mut to = self.b.shape(indices).clone();
         to.push(one());

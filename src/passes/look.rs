@@ -10,7 +10,7 @@ use super::quantized::{self, ActivationPolicy, Activations};
 use super::roles::{self, Roles};
 use super::{
     CanonicalizeOptions, MaskWindows, Pass, PassInfo, PassReport, activation, chosen_rows, cleanup, contract,
-    decompose, experts, fixed_dims, fold, head_norms, layer_norm, moved_codes, rms_norm, table, timed,
+    decompose, experts, fixed_dims, fold, head_norms, joined_values, layer_norm, moved_codes, rms_norm, table, timed,
 };
 use crate::graph::infer::infer;
 use crate::graph::{Graph, Obstacles, ValueId, verify};
@@ -182,6 +182,13 @@ fn recognized(
         Ok((decompose::attention::run(graph), ()))
     })?;
     timed(graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    let joined = timed(graph, report, &table::JOINED_VALUES, |graph| {
+        let joined = joined_values::run(graph)?;
+        Ok((joined, joined))
+    })?;
+    if joined > 0 {
+        timed(graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    }
     timed(graph, report, &table::LATENT, |graph| {
         Ok((attention::latent::run(graph, roles)?, ()))
     })?;

@@ -48,6 +48,7 @@ mod experts;
 mod fixed_dims;
 pub mod fold;
 pub mod head_norms;
+pub mod joined_values;
 mod kind;
 pub mod layer_norm;
 mod lengths;

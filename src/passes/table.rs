@@ -50,6 +50,7 @@ passes! {
     CHOSEN_ROWS = "chosen_rows": "computes logits of all tokens where the export keeps the last ones";
     DECOMPOSE_ATTENTION = "decompose_attention" formerly "expand":
         "brings attention operators of all exporters into one plain form";
+    JOINED_VALUES = "joined_values": "joins values that one attention reads apart into one";
     LATENT = "latent": "caches keys and values where the export caches latent rows";
     ATTENTION = "attention": "recognizes each attention: its mask, rotation, heads and cache, proved by execution";
     EMIT = "emit": "writes recognized attention as Attention, RotaryEmbedding and a static cache";

@@ -22,7 +22,9 @@ use lapidary::graph::{Constant, Graph, ValueId, dump, infer, made_up, parse_with
 use lapidary::help::Help;
 use lapidary::lower::{LowerOptions, lower, lower_graph};
 use lapidary::network::{self, Network, Profile, Tokens};
-use lapidary::passes::{activation, cleanup, decompose, dtype, fold, head_norms, layer_norm, linear, rms_norm};
+use lapidary::passes::{
+    activation, cleanup, decompose, dtype, fold, head_norms, joined_values, layer_norm, linear, rms_norm,
+};
 use lapidary::tensor::{DType, Tensor};
 
 struct Case {
@@ -165,6 +167,7 @@ fn rewrite(case: &Case, input: &str) -> Result<String, String> {
             "layer_norm" => layer_norm::run(&mut graph),
             "rms_norm" => rms_norm::run(&mut graph),
             "head_norms" => head_norms::run(&mut graph),
+            "joined_values" => joined_values::run(&mut graph),
             "activation" => activation::run(&mut graph),
             "linear" => linear::run(&mut graph),
             "dtype f16" => dtype::run(&mut graph, DType::F16, false),

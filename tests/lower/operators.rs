@@ -38,7 +38,13 @@ fn unaries() {
 #[test]
 fn routing_of_every_kind() {
     for scores in [RouterScores::Softmax, RouterScores::Sigmoid, RouterScores::Logits] {
-        for weights in [ChosenWeights::Scores, ChosenWeights::Normalized, ChosenWeights::Softmax] {
+        for weights in [
+            ChosenWeights::Scores,
+            ChosenWeights::Normalized,
+            ChosenWeights::Softmax,
+            ChosenWeights::Sigmoid,
+            ChosenWeights::SparseMixer,
+        ] {
             for (groups, is_corrected) in [(0, false), (0, true), (4, false), (4, true)] {
                 let mut case = Case::new();
                 let logits = case.floats(&[2, 3, 8]);
@@ -47,6 +53,7 @@ fn routing_of_every_kind() {
                     top_k: 3,
                     scores,
                     weights,
+                    margin: 0.6,
                     scale: 2.5,
                     groups,
                     top_groups: if groups > 0 { 2 } else { 0 },

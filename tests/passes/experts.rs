@@ -15,6 +15,11 @@ fn fixture(name: &str) -> Graph {
     onnx::read(folder.join(name).join("model.onnx")).unwrap()
 }
 
+fn family(name: &str) -> Graph {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families");
+    onnx::read(folder.join(name).join("model.onnx")).unwrap()
+}
+
 fn canonical(graph: Graph) -> Graph {
     let options = CanonicalizeOptions {
         max_positions: 64,
@@ -43,6 +48,7 @@ fn every_spelling_becomes_the_same_operators() {
         top_k: 2,
         scores: RouterScores::Softmax,
         weights,
+        margin: 0.0,
         scale: 1.0,
         groups: 0,
         top_groups: 0,
@@ -87,6 +93,47 @@ fn every_spelling_becomes_the_same_operators() {
     let blocks = found(&canonical(fixture("contrib-moe")));
     assert_eq!(blocks.len(), 2);
     assert!(blocks.iter().all(|(_, experts)| *experts == clamped));
+}
+
+/// Phi-3.5-MoE: the second expert is chosen without the first, and weights are shares among close logits.
+#[test]
+fn experts_chosen_one_after_the_other() {
+    for name in ["dynamo18-phimoe", "torchscript17-phimoe"] {
+        let blocks = found(&canonical(family(name)));
+        assert_eq!(blocks.len(), 2, "{name}");
+        for (routing, experts) in blocks {
+            let wanted = Routing {
+                top_k: 2,
+                scores: RouterScores::Logits,
+                weights: ChosenWeights::SparseMixer,
+                margin: 0.4,
+                scale: 1.0,
+                groups: 0,
+                top_groups: 0,
+                group_best: 0,
+            };
+            assert_eq!((routing, experts.experts), (wanted, 4), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_margin_of_each_choice_is_refused() {
+    let mut graph = family("dynamo18-phimoe");
+    let comparisons = nodes(&graph, |op| *op == Op::Binary(Binary::Greater));
+    let margins: Vec<_> = comparisons
+        .into_iter()
+        .filter(|id| {
+            let margin = graph.node(*id).input(1).and_then(|v| graph.constant(v));
+            margin.is_some_and(|margin| margin.dtype() == DType::F32 && margin.len() == 1)
+        })
+        .collect();
+    assert_eq!(margins.len(), 4);
+    rewire(&mut graph, margins[0], 1, |graph, _| constant(graph, &[], &[0.3]));
+    says(
+        &refusal(graph),
+        &["mixture of experts", "not the sum of its experts' results"],
+    );
 }
 
 /// Codes of ONNX Runtime's operator stay codes.

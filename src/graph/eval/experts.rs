@@ -32,9 +32,13 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 fn scores(how: RouterScores, logits: &[f64]) -> Vec<f64> {
     match how {
         RouterScores::Logits => logits.to_vec(),
-        RouterScores::Sigmoid => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+        RouterScores::Sigmoid => logits.iter().copied().map(sigmoid).collect(),
         RouterScores::Softmax => softmax(logits),
     }
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 fn softmax(x: &[f64]) -> Vec<f64> {
@@ -86,6 +90,8 @@ fn route(how: &Routing, logits: &Tensor, correction: Option<&Tensor>) -> Result<
             ChosenWeights::Scores => of_chosen,
             ChosenWeights::Normalized => of_chosen.iter().map(|s| s / total).collect(),
             ChosenWeights::Softmax => softmax(&of_chosen),
+            ChosenWeights::Sigmoid => of_chosen.into_iter().map(sigmoid).collect(),
+            ChosenWeights::SparseMixer => sparse_mixer(&scores, &chosen, f64::from(how.margin)),
         };
         weights.extend(made.into_iter().map(|w| w * f64::from(how.scale)));
         experts.extend(chosen.into_iter().map(|i| i as i64));
@@ -96,6 +102,20 @@ fn route(how: &Routing, logits: &Tensor, correction: Option<&Tensor>) -> Result<
         floats(logits.dtype(), shape.clone(), &weights),
         Tensor::from_i64(shape, &experts),
     ])
+}
+
+/// Weights of experts that are chosen in this order, as [`ChosenWeights::SparseMixer`] says them.
+fn sparse_mixer(scores: &[f64], chosen: &[usize], margin: f64) -> Vec<f64> {
+    let weight = |place: usize| {
+        let own = scores[chosen[place]];
+        let competes = |expert: &usize| {
+            let score = scores[*expert];
+            !chosen[..place].contains(expert) && own - score <= margin * score.abs().max(own)
+        };
+        let competing = (0..scores.len()).filter(competes);
+        1.0 / competing.map(|expert| (scores[expert] - own).exp()).sum::<f64>()
+    };
+    (0..chosen.len()).map(weight).collect()
 }
 
 /// `activation(gate) * (up + beta)` within the limit; `activation(gate)` without `up`.

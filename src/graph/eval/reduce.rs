@@ -106,10 +106,17 @@ fn fold_floats(reduction: Reduction, values: impl ExactSizeIterator<Item = f64>)
         Reduction::Prod => values.product(),
         Reduction::Max => values.fold(f64::NEG_INFINITY, keep_nan(f64::max)),
         Reduction::Min => values.fold(f64::INFINITY, keep_nan(f64::min)),
+        Reduction::LogSumExp => {
+            let values: Vec<f64> = values.collect();
+            let most = values.iter().copied().fold(f64::NEG_INFINITY, keep_nan(f64::max));
+            // Less the largest, no exponential overflows; nothing is less than infinity.
+            let shift = if most.is_finite() { most } else { 0.0 };
+            values.iter().map(|v| (v - shift).exp()).sum::<f64>().ln() + shift
+        }
     }
 }
 
-/// `None`: the mean of no elements.
+/// `None`: the mean of nothing, or what only floats have.
 fn fold_ints(reduction: Reduction, dtype: DType, values: impl ExactSizeIterator<Item = i64>) -> Option<i64> {
     let count = values.len() as i64;
     let (least, greatest) = match dtype {
@@ -126,6 +133,7 @@ fn fold_ints(reduction: Reduction, dtype: DType, values: impl ExactSizeIterator<
         Reduction::Prod => values.fold(1, i64::wrapping_mul),
         Reduction::Max => values.max().unwrap_or(least),
         Reduction::Min => values.min().unwrap_or(greatest),
+        Reduction::LogSumExp => return None,
     })
 }
 

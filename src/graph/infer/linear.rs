@@ -169,7 +169,7 @@ fn total(reduction: Reduction, x: &Fact) -> Option<Elements> {
         Reduction::Prod => fold(Binary::Mul, Dim::constant(1), &elements)?,
         Reduction::Max => fold(Binary::Max, (*elements.first()?).clone(), &elements[1..])?,
         Reduction::Min => fold(Binary::Min, (*elements.first()?).clone(), &elements[1..])?,
-        Reduction::Mean | Reduction::SumSquare => return None,
+        Reduction::Mean | Reduction::SumSquare | Reduction::LogSumExp => return None,
     };
     Some(vec![Some(result)])
 }

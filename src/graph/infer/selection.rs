@@ -1,7 +1,7 @@
 //! Operators that choose elements by their value.
 
 use super::node::{NodeInference, Outputs, one};
-use super::{Fact, InferError};
+use super::{Elements, Fact, InferError, MAX_CONTENTS};
 use crate::dim::Dim;
 use crate::graph::op::Op;
 use crate::tensor::DType;
@@ -70,7 +70,25 @@ impl NodeInference<'_> {
             Some(depth) => depth,
             None => self.fresh(0, axis),
         };
-        shape.insert(axis, depth);
-        one(Fact::new(self.input(2)?.dtype, shape))
+        shape.insert(axis, depth.clone());
+        let elements = match (axis + 1 == shape.len(), depth.as_const()) {
+            (true, Some(depth)) => self.one_hot_elements(depth)?,
+            _ => None,
+        };
+        one(Fact::new(self.input(2)?.dtype, shape).with(elements))
+    }
+
+    /// The elements of a `OneHot` over the last axis, of known indices: TorchScript makes repeats of one axis this way.
+    fn one_hot_elements(&mut self, depth: i64) -> Result<Option<Elements>, InferError> {
+        let (indices, values) = (self.input(0)?.consts(), self.input(2)?.elements.clone());
+        let (Some(indices), Some(values), true) = (indices, values, (0..=MAX_CONTENTS as i64).contains(&depth)) else {
+            return Ok(None);
+        };
+        let [off, on] = &values[..] else { return Ok(None) };
+        let row = |index: i64| {
+            let index = if index < 0 { index + depth } else { index };
+            (0..depth).map(move |place| if place == index { on.clone() } else { off.clone() })
+        };
+        Ok(Some(indices.into_iter().flat_map(row).collect()))
     }
 }

@@ -30,6 +30,12 @@ pub enum ChosenWeights {
     Normalized,
     /// The softmax of the scores.
     Softmax,
+    /// The sigmoid of each score.
+    Sigmoid,
+    /// Experts are chosen one after the other. The weight of each is its share of the softmax over those experts that were
+    /// not chosen before it and whose score is not below its own by more than `margin` of the greater of its own and their
+    /// magnitude (the inference of SparseMixer-v2, [GRIN](https://arxiv.org/abs/2409.12136); Phi-3.5-MoE).
+    SparseMixer,
 }
 
 impl Words for ChosenWeights {
@@ -37,6 +43,8 @@ impl Words for ChosenWeights {
         (ChosenWeights::Scores, "scores"),
         (ChosenWeights::Normalized, "normalized"),
         (ChosenWeights::Softmax, "softmax"),
+        (ChosenWeights::Sigmoid, "sigmoid"),
+        (ChosenWeights::SparseMixer, "sparse_mixer"),
     ];
 }
 

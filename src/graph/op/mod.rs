@@ -85,6 +85,7 @@ named! {
         Min => "ReduceMin", [1, 11, 12, 13, 18, 20], any();
         Prod => "ReduceProd", [1, 11, 13, 18], number();
         SumSquare => "ReduceSumSquare", [1, 11, 13, 18], number();
+        LogSumExp => "ReduceLogSumExp", [1, 11, 13, 18], float();
     }
     |VERSIONS, OPERAND| onnx("", VERSIONS, &[OPERAND, int64().optional().parameter()]).family(Family::Reduction)
 }

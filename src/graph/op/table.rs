@@ -371,6 +371,8 @@ operators! {
             scores: RouterScores = word("scores", RouterScores::Softmax),
             /// How weights follow from the chosen scores.
             weights: ChosenWeights = word("weights", ChosenWeights::Scores),
+            /// Of the weights `sparse_mixer`.
+            margin: f32 = real("margin", 0.0),
             /// Factor of the weights.
             scale: f32 = real("scale", 1.0),
             /// 0: none.

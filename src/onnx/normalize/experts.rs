@@ -236,6 +236,7 @@ impl SourceNode<'_> {
                     true => ChosenWeights::Normalized,
                     false => ChosenWeights::Scores,
                 },
+                margin: 0.0,
                 scale: 1.0,
                 groups: 0,
                 top_groups: 0,

@@ -4,6 +4,7 @@
 //! [`Op::Unknown`], and so do known operators with an unsupported attribute, such as `Cast(to=string)`. So all
 //! obstacles of a model are reported at once. Malformed nodes are errors. Arity and dtypes are checked by the verifier.
 
+mod einsum;
 mod experts;
 mod microsoft;
 mod older;
@@ -60,6 +61,8 @@ enum Replacement {
         indices: Option<ValueId>,
         axis: i64,
     },
+    /// A sum of products.
+    Einsum(Box<einsum::Sum>),
     /// A mixture of experts.
     Experts(Box<experts::ExpertNodes>),
     /// Unknown, with the reason in brackets.
@@ -217,6 +220,7 @@ impl SourceNode<'_> {
                 let table = self.graph.add_constant(&format!("{name}.table"), table);
                 self.emit(Op::Gather { axis }, vec![Some(table), indices], outputs);
             }
+            Replacement::Einsum(sum) => self.emit_einsum(*sum, &inputs, outputs),
             Replacement::Experts(nodes) => self.experts(*nodes, outputs),
             Replacement::Unknown(detail) => {
                 let op_type = match detail {

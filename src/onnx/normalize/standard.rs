@@ -22,6 +22,7 @@ impl SourceNode<'_> {
             "QuantizeLinear" => return self.quantize_linear(),
             "QLinearMatMul" => return self.q_linear_mat_mul(),
             "Dropout" => return self.dropout(),
+            "Einsum" => return self.einsum(),
             "Split" => self.check_split()?,
             "Attention" => {
                 self.pass_over_scores();

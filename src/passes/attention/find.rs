@@ -198,7 +198,13 @@ fn from_softmax(
     if sinks.is_some() {
         probabilities = sink::without(evaluator, uses, probabilities, scores)?;
     }
-    let (output, value, rounded_probabilities) = forward_to_product(evaluator, uses, probabilities)?;
+    let (mut output, value, rounded_probabilities) = forward_to_product(evaluator, uses, probabilities)?;
+    let mut sinks = sinks;
+    if sinks.is_none()
+        && let Some((product, numbers)) = sink::as_factor(evaluator, uses, scores, output)?
+    {
+        (output, sinks) = (product, Some(numbers));
+    }
     Ok(FoundAttention {
         name: node.name.clone(),
         query: chain.left,

@@ -1,10 +1,11 @@
-//! Caches of latent rows, from which keys and values are computed (multi-head latent attention).
+//! Caches of what keys and values are computed from, as multi-head latent attention keeps them, or joined of.
 //!
-//! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight
-//! lies between), the graph is rewritten to the form of other models: keys and values of the new tokens are computed,
-//! and appended to caches of keys and values. Both are equal if the computation between them works slot by slot.
-//! Execution proves this: with all slots at once, and with only the first and only the last slots. Without a proof the
-//! graph stays unchanged, and the analysis refuses it.
+//! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight lies
+//! between, or rows of several heads are joined into one, as in differential attention), the graph is rewritten to what exports
+//! of other models do: keys and values of the new tokens are computed, and appended to caches of keys and values. Both are
+//! equal if the computation between them works slot by slot. Execution proves that: with all slots at once, and with the first
+//! and the last slots alone. Heads that are repeated are cached once. Without a proof the graph stays unchanged, and the analysis
+//! refuses it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -19,7 +20,7 @@ use crate::passes::PassError;
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::{PartialEvaluator, Stuck, tensor_of};
 use crate::passes::roles::{InputRole, Roles};
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 /// A cache that grows by concatenation.
 #[derive(Clone, Copy, Debug)]
@@ -51,11 +52,11 @@ pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
         let Some(operands) = copied(&mut copy, &roles.caches, &plan)? else {
             continue;
         };
-        if proven(&copy, roles, &plan, &operands).is_err() {
+        let Ok(repeats) = proven(&copy, roles, &plan, &operands) else {
             continue;
-        }
+        };
         *graph = copy;
-        rewrite(graph, roles, &plan, &operands)?;
+        rewrite(graph, roles, &plan, &operands, repeats)?;
         rewrites += 1;
     }
     Ok(rewrites)
@@ -82,7 +83,8 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
                 by_product && !caches.is_disjoint(&of_each[index])
             })
         });
-        if !computed || shared {
+        let joined = is_joined(graph, attention, &of_each[index]);
+        if !(computed || joined) || shared {
             continue;
         }
         let caches = of_each[index].iter().map(|cache| append(graph, &uses, *cache));
@@ -96,8 +98,23 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
     plans
 }
 
-/// The cache inputs that data values are computed from, up to where rows are appended to caches; and whether there is a
-/// product in between.
+/// Whether rows of keys or values are wider than those of the caches of heads that they are read from.
+fn is_joined(graph: &Graph, attention: &FoundAttention, caches: &BTreeSet<ValueId>) -> bool {
+    let last = |id: ValueId, from_end: usize| {
+        let shape = graph.shape(id).filter(|shape| shape.len() == 4)?;
+        shape[4 - from_end].as_const()
+    };
+    let widths = [
+        last(attention.key, if attention.key_transposed { 2 } else { 1 }),
+        last(attention.value, 1),
+    ];
+    let of_caches: Option<Vec<i64>> = caches.iter().map(|cache| last(*cache, 1)).collect();
+    let widest = of_caches.and_then(|widths| widths.into_iter().max());
+    widest.is_some_and(|widest| widths.iter().flatten().any(|width| *width > widest))
+}
+
+/// The cache inputs that data values are computed from, no further than where rows are appended to caches; and whether a
+/// product is on the way.
 fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId; N]) -> (BTreeSet<ValueId>, bool) {
     let graph = evaluator.graph;
     let mut stack = of.to_vec();
@@ -236,8 +253,9 @@ fn copy_node(graph: &mut Graph, id: NodeId, made: &mut HashMap<ValueId, ValueId>
     graph.add_node_with_outputs(&format!("{}.new", node.name), node.op, inputs, outputs);
 }
 
-/// Runs the operands over whole caches, and their copies over the first and the last slots.
-fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(), Stuck> {
+/// Runs the operands over whole caches, and their copies over the first and the last slots. Gives how often each head is
+/// repeated.
+fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<usize, Stuck> {
     let evaluator = PartialEvaluator::new(graph, roles);
     let limit = |id: ValueId| 4.0 * tolerance(graph.value(id).dtype.unwrap_or(DType::F32));
     let key_axis = if plan.attention.key_transposed { 3 } else { 2 };
@@ -245,6 +263,7 @@ fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(
         (plan.attention.key, rows.key, key_axis),
         (plan.attention.value, rows.value, 2),
     ];
+    let mut repeats = None;
     for (batch, past, tokens) in [(2, 3, 2), (1, 6, 1), (1, 40, 3)] {
         let total = past + tokens;
         let trial = evaluator.trial(batch, past, tokens);
@@ -267,6 +286,8 @@ fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(
                 parts.insert(cache.new, tensor_of(all.dtype(), dims, &part));
             }
             let new = evaluator.run(&trial, &parts, &operands.map(|(_, new, _)| new))?;
+            let seen = new.iter().map(repeated_heads).fold(0, gcd);
+            repeats = Some(repeats.map_or(seen, |before| gcd(before, seen)));
             for ((old, new), (value, _, axis)) in whole.iter().zip(&new).zip(operands) {
                 let expected = columns(&old.to_f64(), old.shape(), axis, start..end);
                 let largest = expected.iter().fold(1.0, |most: f64, v| most.max(v.abs()));
@@ -281,7 +302,26 @@ fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(
             }
         }
     }
-    Ok(())
+    Ok(repeats.unwrap_or(1).max(1))
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// How many heads in turn are the same, everywhere in `[batch, heads, ..]`.
+fn repeated_heads(rows: &Tensor) -> usize {
+    let shape = rows.shape();
+    let (heads, values) = (shape[1].max(1), rows.to_f64());
+    let size = values.len() / (shape[0].max(1) * heads);
+    let is = |repeats: &usize| {
+        let same = |(i, head): (usize, &[f64])| {
+            let first = i - i % repeats;
+            head == &values[first * size..][..size]
+        };
+        heads.is_multiple_of(*repeats) && values.chunks(size.max(1)).enumerate().all(same)
+    };
+    (1..=heads).rev().find(is).unwrap_or(1)
 }
 
 /// A part of one axis.
@@ -291,8 +331,29 @@ fn columns(values: &[f64], shape: &[usize], axis: usize, part: std::ops::Range<u
     values.chunks((shape[axis] * inner).max(1)).flat_map(of_one).collect()
 }
 
-/// Replaces the caches by caches of keys and values.
-fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) -> Result<(), PassError> {
+/// Of `[batch, heads, ..]` the first head of so many in turn.
+fn every_head(graph: &mut Graph, rows: ValueId, repeats: usize, name: &str) -> ValueId {
+    let ints = [0, i64::MAX, 1, repeats as i64];
+    let [start, end, axis, step] = ints.map(|n| graph.add_i64(&format!("{name}.heads"), &[n]));
+    graph.add_node(&format!("{name}.once"), Op::Slice, &[rows, start, end, axis, step])
+}
+
+/// Each of the heads, of rows of this width, so often that there are `heads`.
+fn repeated(graph: &mut Graph, all: ValueId, [heads, repeats, width]: [i64; 3], name: &str) -> ValueId {
+    let axis = graph.add_i64(&format!("{name}.axis"), &[2]);
+    let apart = graph.add_node(&format!("{name}.apart"), Op::Unsqueeze, &[all, axis]);
+    let to = graph.add_i64(&format!("{name}.repeats"), &[1, 1, repeats, 1, 1]);
+    let expanded = graph.add_node(&format!("{name}.expanded"), Op::Expand, &[apart, to]);
+    let shape = graph.add_i64(&format!("{name}.whole"), &[0, heads, -1, width]);
+    graph.add_node(
+        &format!("{name}.repeated"),
+        Op::Reshape { allowzero: false },
+        &[expanded, shape],
+    )
+}
+
+/// Caches of keys and values in the place of the others, of every `repeats`-th head.
+fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows, repeats: usize) -> Result<(), PassError> {
     let attention = &plan.attention;
     let mut names: Vec<[String; 2]> = Vec::new();
     for cache in &plan.caches {
@@ -328,6 +389,12 @@ fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) ->
         if transposed {
             shape.swap(2, 3);
         }
+        let [heads, width] = [1, 3].map(|axis| shape[axis].as_const().unwrap_or(-1));
+        let rows = match repeats {
+            1 => rows,
+            _ => every_head(graph, rows, repeats, &base),
+        };
+        shape[1] = Dim::constant(heads / repeats as i64);
         shape[2] = Dim::sym(Sym::past());
         let named = names.get(n).cloned();
         let [input, output] = named.unwrap_or_else(|| [format!("past.{base}"), format!("present.{base}")]);
@@ -335,7 +402,11 @@ fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) ->
         let past = graph.add_input(&graph.fresh_name(&input), dtype, shape);
         graph.inputs.pop();
         let all = graph.add_node(&output, Op::Concat { axis: 2 }, &[past, rows]);
-        let operand = turn(graph, all, &format!("{base}.turned"));
+        let read = match repeats {
+            1 => all,
+            _ => repeated(graph, all, [heads, repeats as i64, width], &base),
+        };
+        let operand = turn(graph, read, &format!("{base}.turned"));
         graph.replace_uses(old, operand);
         inputs.push(past);
         outputs.push(all);

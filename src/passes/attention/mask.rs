@@ -34,7 +34,15 @@ struct Allowed {
     bias: Option<Bias>,
 }
 
-/// A proved mask.
+impl Allowed {
+    /// Whether one of several tokens after a past may attend to a later one.
+    fn looks_ahead(&self, past: usize, tokens: usize) -> bool {
+        let later = |i: usize| i % self.slots > past + i / self.slots % tokens;
+        self.bits.iter().enumerate().any(|(i, open)| *open && later(i))
+    }
+}
+
+/// What a mask was proven to be.
 #[derive(Clone, Debug)]
 pub struct ProvenMask {
     /// How many positions a query attends to, itself included; `None` is plain causal.
@@ -120,7 +128,15 @@ impl Mask<'_, '_> {
         // for several tokens after a past, and using the causal one loses nothing.
         let mut step = SEVERAL;
         let past = 2.min(end - SEVERAL);
+        // The branch of a merged decoder that reads a past may do so for one token alone: traced with one, it hides nothing from
+        // several. The other branch takes prompts, and is compared with this one, token after token (`convert::branches`).
+        let merged = evaluator.graph.producer.switch.is_some();
+        let mut prompts = true;
         let near = match self.at(1, past, SEVERAL) {
+            Ok(near) if merged && near.looks_ahead(past, SEVERAL) => {
+                (step, prompts) = (1, false);
+                self.at(1, past, 1)?
+            }
             Ok(near) => near,
             Err(Fault::Stuck(_)) => {
                 step = 1;
@@ -152,7 +168,9 @@ impl Mask<'_, '_> {
         check(&far, &evaluator.trial(1, end - step, step), window)?;
         let slopes = far.bias.as_ref().map_or(Vec::new(), |bias| bias.slopes(&far.bits));
         bias::check(&far.bias, &far.bits, far.slots, &slopes)?;
-        for (batch, past, tokens) in self.sizes(&lengths, window, end, last, step) {
+        let mut sizes = self.sizes(&lengths, window, end, last, step);
+        sizes.retain(|(_, _, tokens)| prompts || *tokens == 1);
+        for (batch, past, tokens) in sizes {
             let seen = self.at(batch, past, tokens)?;
             check(&seen, &evaluator.trial(batch, past, tokens), window)?;
             bias::check(&seen.bias, &seen.bits, seen.slots, &slopes)?;

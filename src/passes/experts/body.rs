@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use super::gating::{self, Layout};
 use super::products::{Product, product};
 use super::region::Flow;
-use super::routing::{self, Found};
+use super::routing::{self, Draw, Found};
 use super::sums::{Sums, by_shares, order, shares};
 use super::trial::{Random, Trial, agree, tolerance};
 use super::weights::collect;
@@ -65,7 +65,18 @@ pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
     let mut expert_of: Option<Vec<usize>> = None;
     let mut factors: Vec<Option<f64>> = vec![None; candidates.len()];
     let mut open: Vec<bool> = vec![true; candidates.len()];
-    for (covering, seed) in [(true, 3u64), (false, 4)] {
+    let mut draws = vec![(Draw::Covering, 3u64), (Draw::Any, 4)];
+    let mut margins: Vec<f32> = candidates.iter().map(|found| found.routing.margin).collect();
+    margins.retain(|margin| *margin > 0.0);
+    margins.sort_by(f32::total_cmp);
+    margins.dedup();
+    draws.extend(
+        margins
+            .into_iter()
+            .zip(5..)
+            .map(|(margin, seed)| (Draw::Close(margin), seed)),
+    );
+    for (draw, seed) in draws {
         let mut random = Random::new(seed);
         let mut trial = Trial::new(graph, roles, tokens);
         let dtype = graph.value(x).dtype.unwrap_or(DType::F32);
@@ -73,7 +84,7 @@ pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
         let rows_of_x: Vec<&[f64]> = rows_of_x.chunks_exact(width.max(1)).collect();
         let of_logits = graph.value(logits).dtype.unwrap_or(DType::F32);
         let shape = trial.dims(logits).ok_or("the sizes of its logits are not known")?;
-        let given = routing::logits(of_logits, shape, top_k, covering, seed);
+        let given = routing::logits(of_logits, shape, top_k, draw, seed);
         trial.bind(logits, given.clone());
         let routed: Vec<[Tensor; 2]> = candidates
             .iter()

@@ -1,6 +1,7 @@
 //! Recognizes how a graph chooses experts: its results for trial logits are compared with those of every known kind of
 //! routing. The weights of the experts are found where their results are combined (`body`).
 
+use super::gating::scalars;
 use super::region::Flow;
 use super::trial::{Random, Trial, agree};
 use crate::graph::eval::eval_op;
@@ -22,7 +23,8 @@ pub struct Found {
     pub experts: usize,
 }
 
-/// A node that chooses experts for every token, with the numbers of chosen and of all experts.
+/// A node that chooses experts for every token, and how many of how many.
+#[derive(Clone, Debug)]
 pub struct Choice {
     pub node: NodeId,
     /// The scores.
@@ -60,16 +62,32 @@ pub fn choice(graph: &Graph, id: NodeId) -> Option<Choice> {
     })
 }
 
-/// Logits for `tokens` tokens, such that, if `covering`, every expert is chosen by some token.
-pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, covering: bool, seed: u64) -> Tensor {
+/// Which logits of trial tokens are drawn.
+#[derive(Clone, Copy, Debug)]
+pub enum Draw {
+    /// Every expert is chosen by some token.
+    Covering,
+    /// Any.
+    Any,
+    /// Those of a token lie within twice this share of their size, so that it matters where a margin ends.
+    Close(f32),
+}
+
+/// Logits for trial tokens.
+pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, draw: Draw, seed: u64) -> Tensor {
     let mut random = Random::new(seed);
     let experts = shape.last().copied().unwrap_or(1).max(1);
     let count: usize = shape.iter().product();
     let mut values: Vec<f64> = (0..count).map(|_| random.next() * 2.0).collect();
-    if covering {
-        for (row, values) in values.chunks_exact_mut(experts).enumerate() {
-            for i in 0..top_k {
-                values[(row * top_k + i) % experts] += 4.0;
+    for (row, values) in values.chunks_exact_mut(experts).enumerate() {
+        match draw {
+            Draw::Covering => (0..top_k).for_each(|i| values[(row * top_k + i) % experts] += 4.0),
+            Draw::Any => {}
+            Draw::Close(margin) => {
+                let size = (1.0 + random.next().abs()) * random.next().signum();
+                for value in values {
+                    *value = size + *value / 2.0 * f64::from(margin) * size.abs();
+                }
             }
         }
     }
@@ -78,12 +96,14 @@ pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, covering: bool, see
 
 /// The result of a linear layer that the scores are computed from.
 fn logits_of(flow: &Flow<'_>, choice: &Choice) -> Option<ValueId> {
-    let graph = flow.graph;
     let mut candidates = std::iter::once(choice.scores).chain(flow.dominators(choice.scores));
-    candidates.find(|value| is_linear(graph, *value))
+    candidates.find(|value| is_linear(flow, *value))
 }
 
-fn is_linear(graph: &Graph, value: ValueId) -> bool {
+/// Whether a value is a product, perhaps with a bias: a constant is none if something reads the product without it, but a
+/// correction of the choice.
+fn is_linear(flow: &Flow<'_>, value: ValueId) -> bool {
+    let graph = flow.graph;
     let product = |value: ValueId| {
         graph
             .def(value)
@@ -95,8 +115,9 @@ fn is_linear(graph: &Graph, value: ValueId) -> bool {
     match node.op {
         Op::Binary(Binary::Add) => {
             let constant = |v: ValueId| graph.constant(v).is_some();
+            let with_bias = |v: ValueId| product(v) && flow.only_reader(v).is_some();
             match (node.input(0), node.input(1)) {
-                (Some(a), Some(b)) => product(a) && constant(b) || constant(a) && product(b),
+                (Some(a), Some(b)) => with_bias(a) && constant(b) || constant(a) && with_bias(b),
                 _ => false,
             }
         }
@@ -108,14 +129,20 @@ fn is_linear(graph: &Graph, value: ValueId) -> bool {
 /// none.
 pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec<Found>, String> {
     let graph = flow.graph;
-    let Choice { top_k, experts, .. } = *choice;
-    if top_k == 0 || top_k > experts {
-        return Err(format!("it chooses {top_k} of {experts} experts"));
-    }
+    let experts = choice.experts;
     let logits_id = logits_of(flow, choice).ok_or("its scores do not come from a linear layer")?;
     let dtype = graph.value(logits_id).dtype.unwrap_or(DType::F32);
     let cone = flow.cone(choice.scores, &[logits_id]);
-    // Possible corrections of the scores, and preceding choices of groups.
+    let turns = in_turn(graph, &cone, choice);
+    let top_k = choice.top_k * turns.len();
+    if top_k == 0 || top_k > experts {
+        return Err(format!("it chooses {top_k} of {experts} experts"));
+    }
+    let margins = match turns.len() {
+        1 => Vec::new(),
+        _ => margins(flow, logits_id),
+    };
+    // Numbers that may be added to scores, and choices of groups ahead of this one.
     let mut corrections: Vec<Option<ValueId>> = vec![None];
     let mut groups: Vec<[usize; 3]> = Vec::new();
     for id in &cone {
@@ -131,43 +158,53 @@ pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec
     groups.extend(groups_of(graph, &cone, experts));
     let tokens = experts.div_ceil(top_k) + 3;
     let mut trials = Vec::new();
-    for (covering, seed) in [(true, 11), (false, 12), (false, 13)] {
+    for (draw, seed) in [(Draw::Covering, 11), (Draw::Any, 12), (Draw::Any, 13)] {
         let mut trial = Trial::new(graph, roles, tokens);
         let shape = trial.dims(logits_id).filter(|dims| dims.last() == Some(&experts));
         let shape = shape.ok_or("the sizes of its logits are not known")?;
-        let tensor = logits(dtype, shape, top_k, covering, seed);
+        let tensor = logits(dtype, shape, top_k, draw, seed);
         trial.bind(logits_id, tensor.clone());
-        let chosen = choice.chosen.ok_or("nothing reads which experts it chooses")?;
-        let chosen = trial
-            .value(chosen)
-            .ok_or("its choice depends on more than its logits")?;
-        trials.push((tensor, chosen.to_i64()));
+        let mut chosen = Vec::new();
+        for turn in &turns {
+            let value = turn.chosen.ok_or("nothing reads which experts it chooses")?;
+            let value = trial.value(value).ok_or("its choice depends on more than its logits")?;
+            chosen.push(value.to_i64());
+        }
+        trials.push((tensor, side_by_side(&chosen, choice.top_k)));
     }
     let mut found = Vec::new();
     for scores in [RouterScores::Softmax, RouterScores::Sigmoid, RouterScores::Logits] {
         for correction in &corrections {
             for [groups, top_groups, group_best] in std::iter::once([0, 0, 0]).chain(groups.iter().copied()) {
-                let routing = |weights| Routing {
+                let routing = |(weights, margin)| Routing {
                     top_k,
                     scores,
                     weights,
+                    margin,
                     scale: 1.0,
                     groups,
                     top_groups,
                     group_best,
                 };
-                let with = |weights| Found {
-                    routing: routing(weights),
+                let with = |how| Found {
+                    routing: routing(how),
                     logits: logits_id,
                     correction: *correction,
                     experts,
                 };
                 let alike = trials.iter().all(|(tensor, chosen)| {
-                    let routed = with(ChosenWeights::Scores).route(graph, tensor);
+                    let routed = with((ChosenWeights::Scores, 0.0)).route(graph, tensor);
                     routed.is_some_and(|[_, experts]| experts.to_i64() == *chosen)
                 });
                 if alike {
-                    found.extend([ChosenWeights::Normalized, ChosenWeights::Scores, ChosenWeights::Softmax].map(with));
+                    let plain = [
+                        ChosenWeights::Normalized,
+                        ChosenWeights::Scores,
+                        ChosenWeights::Softmax,
+                        ChosenWeights::Sigmoid,
+                    ];
+                    let mixers = margins.iter().map(|margin| (ChosenWeights::SparseMixer, *margin));
+                    found.extend(plain.map(|weights| (weights, 0.0)).into_iter().chain(mixers).map(with));
                 }
             }
         }
@@ -176,6 +213,48 @@ pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec
         true => Err("it chooses experts by its logits in no known way".to_string()),
         false => Ok(found),
     }
+}
+
+/// The choices of one expert each, in their order, of which this one is the last: each knows which ones those before it chose.
+fn in_turn(graph: &Graph, cone: &[NodeId], last: &Choice) -> Vec<Choice> {
+    let one_of = |choice: &Choice| choice.top_k == 1 && choice.experts == last.experts;
+    let before = cone.iter().filter_map(|id| choice(graph, *id)).filter(one_of);
+    let mut turns: Vec<Choice> = before.filter(|_| last.top_k == 1).collect();
+    turns.push(last.clone());
+    turns
+}
+
+/// Rows of each choice's `k` experts as rows of all of them.
+fn side_by_side(chosen: &[Vec<i64>], k: usize) -> Vec<i64> {
+    let rows = chosen.iter().map(|turn| turn.len()).min().unwrap_or(0) / k.max(1);
+    let row = |i: usize| chosen.iter().flat_map(move |turn| turn[i * k..][..k].iter().copied());
+    (0..rows).flat_map(row).collect()
+}
+
+/// What something that follows from the logits is compared with: shares below 1.
+fn margins(flow: &Flow<'_>, logits: ValueId) -> Vec<f32> {
+    let graph = flow.graph;
+    let Some((of, _)) = graph.producer_of(logits) else {
+        return Vec::new();
+    };
+    let behind = flow.descendants(of);
+    let mut nodes = Vec::new();
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        let compares = matches!(
+            node.op,
+            Op::Binary(Binary::Greater | Binary::GreaterOrEqual | Binary::Less | Binary::LessOrEqual)
+        );
+        let inputs = || node.inputs.iter().flatten();
+        if compares && inputs().any(|v| behind.contains(v)) {
+            nodes.push(id);
+            nodes.extend(inputs().filter_map(|v| Some(graph.producer_of(*v)?.0)));
+        }
+    }
+    let shares = scalars(graph, &nodes)
+        .into_iter()
+        .filter(|share| (1e-6..1.0).contains(share));
+    shares.map(|share| share as f32).collect()
 }
 
 impl Found {
