@@ -52,7 +52,7 @@ def read_workload(path):
 def timed(workload, n):
     """The first `n` ids of the prompt that speed is measured with."""
     if len(workload["timed"]) < n:
-        raise Unusable(f"the workload's timed prompt has {len(workload['timed'])} tokens and {n} are required")
+        raise Unusable(f"the workload's timed prompt has {len(workload['timed'])} tokens, but {n} are required")
     return workload["timed"][:n]
 
 
