@@ -216,7 +216,8 @@ def run(deployment, check, long):
     check("long answers alone", all(count == long for _, _, count in alone), [count for _, _, count in alone])
     # Structured texts, one for each worker: the frontend does not move those, since a moved request does not say which
     # tokens belong to the answer.
-    items = long // 4
+    # Models that write one character a token take ten of them for an element with its blanks, and the context must hold all.
+    items = max(long // 20, 8)
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": items, "maxItems": items}
     formed = {**message, "temperature": 0, "max_tokens": 100 * items, "response_format":
               {"type": "json_schema", "json_schema": {"name": "b", "schema": schema}}}  # fmt: skip
@@ -253,7 +254,8 @@ def run(deployment, check, long):
     check("the killed worker had streams", held > 0)
     page = deployment.get("/metrics")
     moved = metric(page, "dynamo_frontend_model_migration_total", 'migration_type="ongoing_request"')
-    check("they moved to the other worker", moved == held - len(partial), moved, held, partial)
+    # The frontend may count a text of a form that it gave up.
+    check("they moved to the other worker", held - len(partial) <= moved <= held, moved, held, partial)
     whole = [answer for answer in formed_answers if answer]
     check("texts of a form are whole, or end in an error", all(answer == formed_alone for answer in whole), whole, formed_alone)
     check("one on each worker", len(partial) == 1, partial)
