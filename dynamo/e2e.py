@@ -214,8 +214,8 @@ def run(deployment, check, long):
         body.update({"temperature": 0} if i % 2 == 0 else {"temperature": 1.0, "seed": i})
     alone = [deployment.stream("/v1/completions", **body) for body in asked]
     check("long answers alone", all(count == long for _, _, count in alone), [count for _, _, count in alone])
-    # Structured texts, one for each worker: the frontend does not move those, since a moved request does not say which
-    # tokens belong to the answer.
+    # Structured texts, as many as workers; the router says where each goes. The frontend does not move those, since a moved
+    # request does not say which tokens belong to the answer.
     # Models that write one character a token take ten of them for an element with its blanks, and the context must hold all.
     items = max(long // 20, 8)
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": items, "maxItems": items}
@@ -258,8 +258,8 @@ def run(deployment, check, long):
     check("they moved to the other worker", held - len(partial) <= moved <= held, moved, held, partial)
     whole = [answer for answer in formed_answers if answer]
     check("texts of a form are whole, or end in an error", all(answer == formed_alone for answer in whole), whole, formed_alone)
-    check("one on each worker", len(partial) == 1, partial)
-    print("  ", next(iter(partial.values()))[:150], flush=True)
+    for error in partial.values():
+        print("  ", error[:150], flush=True)
     for i, (answer, lone) in enumerate(zip(answers, alone)):
         check(f"answer {i + 1} is that of a lone run", answer == lone, answer, lone)
 
