@@ -97,7 +97,7 @@ REFUSED = [
     (b'{"prompt": [5], "n": 100000}', 400),
     (b'{"prompt": [99999999]}', 400),
     (b'{"prompt": [5], "json_schema": {"type": "nothing"}}', 400),
-    (b'{"prompt": [5], "model": "nobody"}', 404),
+    (b'{"prompt": [5], "model": "unknown"}', 404),
     (b'{"prompt": "' + b"x" * (5 << 20) + b'"}', 413),
 ]
 

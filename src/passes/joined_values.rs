@@ -8,8 +8,8 @@
 use std::collections::HashMap;
 
 use super::PassError;
-use super::pattern::finish;
-use crate::graph::op::{Op, Unary};
+use super::pattern::{finish, nan_guarded};
+use crate::graph::op::Op;
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::Tensor;
 
@@ -78,13 +78,7 @@ fn is_softmax(graph: &Graph, value: Option<ValueId>) -> bool {
         at = match node.op {
             Op::Softmax { .. } => return true,
             Op::Identity | Op::Cast { .. } => node.input(0),
-            Op::Where => {
-                let asks = node.input(0).and_then(|condition| graph.def(condition));
-                let guards = asks.is_some_and(|(_, asks)| {
-                    matches!(asks.op, Op::Unary(Unary::IsNan)) && asks.input(0) == node.input(2)
-                });
-                node.input(2).filter(|_| guards)
-            }
+            Op::Where => nan_guarded(graph, node),
             _ => return false,
         };
     }

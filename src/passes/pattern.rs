@@ -35,6 +35,13 @@ pub(super) fn unary(graph: &Graph, value: ValueId, op: Unary) -> Option<ValueId>
     (node.op == Op::Unary(op)).then(|| node.input(0)).flatten()
 }
 
+/// The value that a node passes on where it is a number: the `x` of `Where(IsNaN(x), _, x)`.
+pub(super) fn nan_guarded(graph: &Graph, node: &Node) -> Option<ValueId> {
+    let x = node.input(2)?;
+    let is_guard = matches!(node.op, Op::Where) && unary(graph, node.input(0)?, Unary::IsNan) == Some(x);
+    is_guard.then_some(x)
+}
+
 pub(super) fn binary(graph: &Graph, value: ValueId, op: Binary) -> Option<[ValueId; 2]> {
     let node = node_of(graph, value)?;
     (node.op == Op::Binary(op)).then_some(())?;

@@ -1,7 +1,7 @@
 //! Routing to experts, and the computation of the experts.
 
 use super::array::{Result, floats};
-use super::elementwise;
+use super::elementwise::{self, sigmoid};
 use super::error::{invalid, shape_error};
 use super::selection::falling;
 use super::{Operands, no_evaluator};
@@ -35,10 +35,6 @@ fn scores(how: RouterScores, logits: &[f64]) -> Vec<f64> {
         RouterScores::Sigmoid => logits.iter().copied().map(sigmoid).collect(),
         RouterScores::Softmax => softmax(logits),
     }
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 fn softmax(x: &[f64]) -> Vec<f64> {

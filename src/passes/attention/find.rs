@@ -12,6 +12,7 @@ use crate::graph::op::{Attention, BiasedAttention, Binary, Op, Reduction, Roundi
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
+use crate::passes::pattern::nan_guarded;
 
 /// A rounding, with its result.
 pub type RoundedValue = (ValueId, Rounding);
@@ -468,15 +469,8 @@ fn forward_to_product(
         if graph.outputs.contains(&at) {
             return Err("its probabilities are an output of the model".into());
         }
-        let is_nan_guard = |(node, input): (NodeId, usize)| {
-            let node = graph.node(node);
-            matches!(node.op, Op::Where)
-                && input == 2
-                && node
-                    .input(0)
-                    .and_then(|c| graph.def(c))
-                    .is_some_and(|(_, n)| matches!(n.op, Op::Unary(Unary::IsNan)) && n.input(0) == Some(at))
-        };
+        let is_nan_guard =
+            |(node, input): (NodeId, usize)| input == 2 && nan_guarded(graph, graph.node(node)) == Some(at);
         let next = match readers {
             [only] => *only,
             [..] => match readers.iter().find(|r| is_nan_guard(**r)) {

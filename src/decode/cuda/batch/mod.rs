@@ -18,7 +18,7 @@ use super::error::OpenError;
 use super::kv_cache::KvCache;
 use super::load::{Is, check_ports, nothing_to_bind};
 use super::{CudaDevice, CudaOptions, EngineSlot};
-use crate::backend::tensorrt::run::{Buffer, Caches, LoadOptions, Program, RunError};
+use crate::backend::tensorrt::run::{Buffer, Caches, LoadOptions, Program, RunError, Stream};
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::Embeddings;
 use crate::decode::batch::{BatchDevice, BatchRow, RowOutput};
@@ -192,21 +192,7 @@ impl CudaBatchDevice {
         });
         memory.write(steps, *all)?;
         let queued = memory.upload(stream).and_then(|()| program.enqueue(stream));
-        let queued = queued.and_then(|()| match rows.iter().any(|row| row.only_best) {
-            true => memory.find_best(stream, rows.len()),
-            false => Ok(()),
-        });
-        let mut ends = 0..0;
-        let queued = queued.and_then(|()| {
-            // Adjacent rows in one copy.
-            rows.chunk_by(|a, b| a.only_best == b.only_best).try_for_each(|same| {
-                ends = ends.end..ends.end + same.len();
-                match same[0].only_best {
-                    true => Ok(()),
-                    false => memory.download(stream, ends.clone()),
-                }
-            })
-        });
+        let queued = queued.and_then(|()| queue_outputs(memory, stream, rows));
         // What was queued before an error still reads the inputs.
         let waited = stream.wait();
         queued.and(waited)
@@ -321,6 +307,23 @@ impl CudaBatchDevice {
         let memory = self.device.runtime.cuda().memory();
         memory.map(|(free, _)| free).map_err(|error| self.device.failed(error))
     }
+}
+
+/// Queues what these rows need of the logits: the search for their best tokens, and copies.
+fn queue_outputs(memory: &mut RowMemory, stream: &Stream, rows: &[BatchRow<'_>]) -> Result<(), RunError> {
+    if rows.iter().any(|row| row.only_best) {
+        memory.find_best(stream, rows.len())?;
+    }
+    let mut start = 0;
+    // Adjacent rows in one copy.
+    for same in rows.chunk_by(|a, b| a.only_best == b.only_best) {
+        let end = start + same.len();
+        if !same[0].only_best {
+            memory.download(stream, start..end)?;
+        }
+        start = end;
+    }
+    Ok(())
 }
 
 /// The program of a step for several sequences, bound to everything except scratch memory.

@@ -150,8 +150,7 @@ impl RowMemory {
 
     /// Queues the copy of the logits of these rows.
     pub fn download(&mut self, stream: &Stream, rows: Range<usize>) -> Result<(), RunError> {
-        let row = self.vocabulary * size_of::<f32>();
-        let bytes = rows.start * row..rows.end * row;
+        let bytes = self.row_bytes(rows.start)..self.row_bytes(rows.end);
         match bytes.is_empty() {
             true => Ok(()),
             false => stream.download(&self.logits, bytes.clone(), &mut self.pinned_logits, bytes.start),
@@ -160,8 +159,12 @@ impl RowMemory {
 
     /// The logits of a row that was copied, `[vocabulary]`.
     pub fn logits(&self, row: usize) -> Result<&[f32], RunError> {
-        self.pinned_logits
-            .slice::<f32>(row * self.vocabulary * size_of::<f32>(), self.vocabulary)
+        self.pinned_logits.slice::<f32>(self.row_bytes(row), self.vocabulary)
+    }
+
+    /// Bytes of so many rows of logits.
+    fn row_bytes(&self, rows: usize) -> usize {
+        rows * self.vocabulary * size_of::<f32>()
     }
 }
 
