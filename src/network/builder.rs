@@ -73,6 +73,12 @@ pub enum BuildError {
     Layer(Box<LayerError>),
     #[error("the name {0:?} of an input, output or weight is already taken")]
     Name(String),
+    #[error("the weight {name:?} is {first}, and a layer reads it as {second}; give the second form a name of its own")]
+    WeightForm {
+        name: String,
+        first: String,
+        second: String,
+    },
     #[error("the input {name:?} would have rank {rank}; TensorRT has at most 8 axes")]
     Rank { name: String, rank: usize },
     #[error(
@@ -205,7 +211,15 @@ impl NetworkBuilder {
 
     /// The weight as a tensor. One layer per name: a repeated call returns the same tensor.
     pub fn weight(&mut self, name: &str, constant: Constant, mode: WeightMode) -> Result<TensorId, BuildError> {
-        if let Some((_, tensor)) = self.weights.get(name) {
+        if let Some((id, tensor)) = self.weights.get(name) {
+            let first = &self.network.weight(*id).constant;
+            if (first.dtype(), first.shape()) != (constant.dtype(), constant.shape()) {
+                return Err(BuildError::WeightForm {
+                    name: name.to_string(),
+                    first: format!("{}{:?}", first.dtype(), first.shape()),
+                    second: format!("{}{:?}", constant.dtype(), constant.shape()),
+                });
+            }
             return Ok(*tensor);
         }
         self.claim(name)?;

@@ -110,6 +110,13 @@ fn mistakes_name_the_layer_its_inputs_and_the_rule() {
     ));
     assert_eq!(b.input("x", DType::F32, &dims("1")), Err(BuildError::Name("x".into())));
     assert!(matches!(b.output("z", x), Err(BuildError::Output { .. })));
+    let mut weight = |shape: &[usize]| b.weight("w", Constant::absent(DType::I8, shape.to_vec()), WeightMode::Bind);
+    assert_eq!(weight(&[4, 8]), weight(&[4, 8]));
+    let error = weight(&[4, 4]).unwrap_err().to_string();
+    assert!(
+        error.starts_with("the weight \"w\" is i8[4, 8], and a layer reads it as i8[4, 4]"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use lapidary::backend::cpu::{self, Bindings, KvCaches, Program};
 use lapidary::graph::Graph;
 use lapidary::interface::Role;
-use lapidary::lower::{LowerOptions, lower};
-use lapidary::network::{LayerKind, Network, Profile, parse, verify};
+use lapidary::lower::{LowerOptions, QuantizedForm, lower};
+use lapidary::network::{LayerKind, Network, Profile, WeightMode, parse, verify};
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::DType;
 
@@ -220,6 +220,55 @@ fn sequences_of_a_batch_get_what_they_get_alone() {
         match name {
             "gpt2-optimum" => assert!(across.is_some()),
             _ => assert_eq!(across, None, "{name}"),
+        }
+    }
+}
+
+/// A graph in fp16 whose matrices have codes, head and embedding included.
+fn quantized(export: &str, format: &str) -> Graph {
+    let options = CanonicalizeOptions {
+        max_positions: 64,
+        dtype: Some(DType::F16),
+        ..CanonicalizeOptions::default()
+    };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures/exports")
+        .join(export);
+    let mut graph = canonicalize(lapidary::onnx::read(path.join("model.onnx")).unwrap(), &options)
+        .unwrap()
+        .graph;
+    let quantization = format!("{format},keep=none").parse().unwrap();
+    lapidary::quantize::quantize(&mut graph, &quantization, None).unwrap();
+    graph
+}
+
+/// A head and an embedding of one matrix are read by a kernel as codes and by a gather as bytes, in one network.
+#[test]
+fn codes_decode_the_same_with_kernels() {
+    let formats = [
+        "int4",
+        "int4,asymmetric",
+        "int8",
+        "int8,asymmetric",
+        "int8,group=channel",
+    ];
+    for export in ["llama-optimum", "qwen3-optimum", "gpt2-optimum"] {
+        for format in formats {
+            let graph = quantized(export, format);
+            let plain = decoded(&graph, &LowerOptions::default());
+            for form in [QuantizedForm::Elementwise, QuantizedForm::DequantizeApart] {
+                let options = LowerOptions {
+                    weight_mode: WeightMode::Bind,
+                    quantized: form,
+                    ..with_kernels()
+                };
+                let network = lower(&graph, &Profile::decode(CAPACITY), &options)
+                    .unwrap_or_else(|error| panic!("{export}, {format}: {error}"));
+                let counts = count(&network);
+                assert!(counts["products"] >= 5, "{export}, {format}: {counts:?}");
+                let worst = worst(&plain, &decoded(&graph, &options));
+                assert!(worst < 2e-2, "{export}, {format}: {counts:?}, {worst:e}");
+            }
         }
     }
 }

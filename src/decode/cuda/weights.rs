@@ -62,7 +62,7 @@ impl Weights {
 }
 
 /// Offset of each bound weight. Fused ones come first, so that a network that reads the parts separately finds them
-/// inside.
+/// inside. Packed codes and their bytes, which layers read under two names, have one offset.
 #[derive(Debug, PartialEq)]
 struct Places {
     offsets: HashMap<String, usize>,
@@ -79,15 +79,20 @@ struct Piece<'n> {
 impl Places {
     fn of(networks: &[Network]) -> Self {
         let mut offsets = HashMap::new();
+        let mut of_bytes = HashMap::new();
         let mut end = 0;
         for weight in in_order(networks) {
             if offsets.contains_key(&weight.name) {
                 continue;
             }
-            for (part, at) in parts_of(weight, end) {
+            let at = *of_bytes.entry(packed(&weight.constant).identity()).or_insert(end);
+            for (part, at) in parts_of(weight, at) {
                 offsets.insert(part, at);
             }
-            offsets.insert(weight.name.clone(), end);
+            offsets.insert(weight.name.clone(), at);
+            if at < end {
+                continue;
+            }
             end += aligned(weight.constant.byte_len());
         }
         Places { offsets, bytes: end }
@@ -118,6 +123,14 @@ impl Places {
             }
         }
         Ok(pieces)
+    }
+}
+
+/// The constant whose bytes these are: packed codes, if a layer reads them as bytes.
+fn packed(constant: &Constant) -> &Constant {
+    match constant.source() {
+        ConstantSource::Derived(derived) if matches!(derived.transform, Transform::Bytes) => &derived.inputs[0],
+        _ => constant,
     }
 }
 
@@ -202,7 +215,7 @@ mod tests {
     use crate::lower::synthetic::Decoder;
     use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
-    use crate::tensor::Tensor;
+    use crate::tensor::{DType, Tensor};
 
     /// A small model with these values, lowered with its products fused and one by one.
     fn networks(seed: usize) -> Vec<Network> {
@@ -261,6 +274,33 @@ mod tests {
         let bytes =
             |network: &Network| -> usize { network.weights.iter().map(|w| aligned(w.constant.byte_len())).sum() };
         assert!(places.bytes < bytes(&first[0]) + bytes(&first[1]));
+    }
+
+    /// A kernel reads codes of which a gather reads the bytes: one copy.
+    #[test]
+    fn codes_and_their_bytes_have_one_place() {
+        let codes = Tensor::new(
+            DType::I4,
+            vec![4, 256],
+            (0..=255).chain(0..=255).collect::<Vec<u8>>().into(),
+        );
+        let codes = Constant::tensor(codes.unwrap());
+        let weight = |name: &str, constant: Constant| Weight {
+            name: name.to_string(),
+            constant,
+            mode: WeightMode::Bind,
+        };
+        let mut network = Network::new("codes", Profile::decode(16));
+        network.weights = vec![
+            weight("table.codes", codes.bytes_as_i8().unwrap()),
+            weight("other", Constant::tensor(Tensor::from_f32(vec![2], &[1.0, 2.0]))),
+            weight("table.kernel_codes", codes.clone()),
+        ];
+        let networks = [network];
+        let places = Places::of(&networks);
+        assert_eq!(places.offsets["table.codes"], places.offsets["table.kernel_codes"]);
+        assert_eq!(places.bytes, aligned(512) + aligned(8));
+        assert!(written(&places, &networks).starts_with(codes.materialize().unwrap().data()));
     }
 
     #[test]

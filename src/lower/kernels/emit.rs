@@ -67,8 +67,15 @@ impl Lowering<'_> {
                 };
                 let scales = self.b.weight(&format!("{name}.kernel_scales"), parts.scales, mode)?;
                 let points = parts.zero_points;
+                // A gather reads the codes of a table as bytes, under the name that other codes have.
+                let is_table = self
+                    .table
+                    .by_value
+                    .get(&matrix.weight)
+                    .is_some_and(|i| self.table.list[*i].is_table);
+                let part = if is_table { "kernel_codes" } else { "codes" };
                 PartInputs {
-                    weights: self.b.weight(&format!("{name}.codes"), parts.codes, mode)?,
+                    weights: self.b.weight(&format!("{name}.{part}"), parts.codes, mode)?,
                     scales: Some(scales),
                     zero_points: points
                         .map(|points| self.b.weight(&format!("{name}.kernel_zero_points"), points, mode))
