@@ -109,6 +109,8 @@ impl CpuDevice {
             self.caches = Some(KvCaches::new(&network).map_err(failed)?);
         }
         let program = Program::compile(&network, &self.compiling).map_err(failed)?;
+        drop(network);
+        self.compiling.settle(&program);
         self.programs.push((profile, program));
         Ok(())
     }

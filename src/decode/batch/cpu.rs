@@ -77,6 +77,8 @@ impl CpuBatchDevice {
         if self.empty.is_none() {
             self.empty = Some(KvCaches::new(&network).map_err(failed)?.copy(0, 0));
         }
+        drop(network);
+        self.compiling.settle(&program);
         self.decodes.push((capacity, program));
         Ok(())
     }
@@ -90,7 +92,10 @@ impl CpuBatchDevice {
                     self.prefills.remove(0);
                 }
                 let network = self.network(profile)?;
-                (profile, Program::compile(&network, &self.compiling).map_err(failed)?)
+                let program = Program::compile(&network, &self.compiling).map_err(failed)?;
+                drop(network);
+                self.compiling.settle(&program);
+                (profile, program)
             }
         };
         self.prefills.push(entry);

@@ -16,6 +16,7 @@ mod schedule;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
@@ -30,9 +31,12 @@ use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
-/// From this number of layers on, the code that compiles a network is released afterwards; for smaller networks it is
-/// not worth it.
-const WORTH_RELEASING: usize = 256;
+/// Steps of a program from which on [`CompileOptions::settle`] gives memory back: of a smaller one everything is small.
+const WORTH_RELEASING: usize = 128;
+
+/// Programs after which [`CompileOptions::settle`] gives memory back: those for one token and for the first prompt. Later ones come
+/// one by one, between tokens that somebody waits for.
+const FIRST_PROGRAMS: usize = 2;
 
 /// What a program runs on: its threads and its instruction set. Only instruction sets of this machine are accepted, so
 /// every program compiled with these options can run here.
@@ -42,6 +46,8 @@ pub struct CompileOptions {
     isa: Isa,
     /// Quantized weights in the kernels' form, shared by programs compiled with clones of these options.
     weights: Arc<QuantizedWeights>,
+    /// Programs that memory was given back after.
+    settled: Arc<AtomicUsize>,
     in_batches: bool,
 }
 
@@ -59,6 +65,7 @@ impl CompileOptions {
             pool,
             isa: Isa::detect(),
             weights: Arc::default(),
+            settled: Arc::default(),
             in_batches: false,
         }
     }
@@ -81,6 +88,16 @@ impl CompileOptions {
         CompileOptions {
             in_batches: true,
             ..self
+        }
+    }
+
+    /// Gives memory back that only reading and compiling a model needs: pages of this program's code and of the free heap. To be
+    /// called when the network that `program` was compiled from is gone; does something after the first programs of clones of
+    /// these options.
+    pub fn settle(&self, program: &Program) {
+        if program.steps.len() >= WORTH_RELEASING && self.settled.fetch_add(1, Ordering::Relaxed) < FIRST_PROGRAMS {
+            mapped_pages::release_code();
+            mapped_pages::release_heap();
         }
     }
 
@@ -111,10 +128,6 @@ impl Program {
         }
         compiler.finish_outputs()?;
         options.weights.settle();
-        if network.layers.len() >= WORTH_RELEASING {
-            mapped_pages::release_code();
-            mapped_pages::release_heap();
-        }
         let Compiler {
             steps,
             mut buffers,
