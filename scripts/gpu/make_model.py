@@ -29,8 +29,8 @@ SIZES = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                  intermediate_size=96, vocab_size=300, rope_theta=10000.0),
 }
-# Largest position of each: that of the model it has the dims of, but for `tiny`.
-POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
+# Largest position of each: that of the model it has the dims of, but for `tiny`, and for `1b`, whose peers are measured up to 8064.
+POSITIONS = {"1b": 8192, "8b": 131072, "tiny": 4096}
 
 
 def hugging_face(size, positions, dtype, device, seed=1):
