@@ -44,19 +44,19 @@ pub struct Summary<'a> {
     finish_reason: &'static str,
     /// Prompt tokens that were already cached.
     cached_tokens: usize,
-    device: &'a str,
+    device: String,
     engine: String,
     seed: u64,
     timing: Timing,
 }
 
 impl<'a> Summary<'a> {
-    pub fn new(generation: &'a Generation, session: &'a Session, seed: u64, load: Option<Duration>) -> Self {
+    pub fn new(generation: &'a Generation, session: &Session, seed: u64, load: Option<Duration>) -> Self {
         Summary {
             text: &generation.text,
             finish_reason: generation.finish_reason.name(),
             cached_tokens: generation.reused,
-            device: session.device().name(),
+            device: session.device().name().to_string(),
             engine: session.device().engine(),
             seed,
             timing: Timing::new(generation, load),

@@ -110,6 +110,8 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     };
     let total = length.saturating_add(args.max_new_tokens);
     let mut session = args.place.open(&package, length, total)?;
+    // Its manifest takes memory.
+    drop(package);
     match prompt {
         Prompt::Tokens(ids) => session.check(ids)?,
         Prompt::Embeddings(rows) => session.check_embeddings(rows)?,
@@ -131,6 +133,8 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
         Ok(ControlFlow::Continue(()))
     })?;
     let summary = Summary::new(&generation, &session, settings.seed, Some(load));
+    // Frees the model before the code that prints is read: its pages would add to the peak of memory.
+    drop(session);
     let tokens = &generation.tokens[..];
     if args.json_lines {
         return Ok(Event::Done { tokens, summary }.write(&mut stdout)?);

@@ -22,15 +22,15 @@ const MOST_LOGITS: usize = 1 << 24;
 /// Prefill programs in the cache. A long prompt needs two, for its full chunks and for the rest.
 const KEPT_PREFILLS: usize = 4;
 
-/// See the module's head.
+/// See the module's head. The caches are dropped first: dropping a graph reads code, which would add to the peak of memory.
 pub struct CpuDevice {
+    caches: Option<KvCaches>,
+    /// The most recently used is last.
+    programs: Vec<(Profile, Program)>,
     graph: Graph,
     lowering: lower::LowerOptions,
     compiling: CompileOptions,
     vocabulary: usize,
-    /// The most recently used is last.
-    programs: Vec<(Profile, Program)>,
-    caches: Option<KvCaches>,
     capacity: usize,
     last: Option<Profile>,
     /// Logits of the last call.

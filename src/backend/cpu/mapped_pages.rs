@@ -1,5 +1,5 @@
-//! Releases memory that is no longer needed: pages of mapped files (weights, in a conversion; this program's own code,
-//! most of which reads and compiles models), and free pages of the heap.
+//! Releases memory that is no longer needed: pages of mapped files (weights, in a conversion; this executable's code and constants,
+//! most of which read and compile models), and free pages of the heap.
 
 use std::ops::Range;
 
@@ -29,9 +29,8 @@ pub fn release(all: &[bytes::Bytes]) {
     let _ = all;
 }
 
-/// Tells the system that this program's code is not needed for now: most of it reads and compiles models, and the rest
-/// is reloaded from the file when it is next executed. Does nothing under a debugger, whose breakpoints are in the
-/// code.
+/// Advises the system that this executable's code and constants are not needed for now: most of them read and compile models, and the
+/// rest is reloaded from the file when it is next touched. Does nothing under a debugger, whose breakpoints are in the code.
 pub fn release_code() {
     #[cfg(target_os = "linux")]
     {
@@ -41,16 +40,51 @@ pub fn release_code() {
             let tracer = line.strip_prefix("TracerPid:");
             tracer.is_some_and(|tracer| tracer.trim() != "0")
         });
-        let own = release_code as fn() as usize;
-        let code = |line: &str| executable_file(line).filter(|range| range.contains(&own));
-        if let (false, Some(range)) = (is_traced, read("/proc/self/maps").lines().find_map(code)) {
+        if is_traced {
+            return;
+        }
+        for range in unmodified(&read("/proc/self/smaps"), release_code as fn() as usize) {
             let pages = range.start as *mut std::ffi::c_void;
-            // SAFETY: the mapping of this very code, which is of a file, private, and not writable, so that every page is as
-            // the file has it (a program that runs cannot be written). The system reads it from there when it is next
-            // executed. Failing does nothing.
+            // SAFETY: a mapping of the executable's file that cannot be written and has no pages of its own, so that every page is as
+            // the file has it (the file of a running executable cannot be written). The system reads it from there when it is
+            // next touched. Failing does nothing.
             let _ = unsafe { rustix::mm::madvise(pages, range.len(), rustix::mm::Advice::LinuxDontNeed) };
         }
     }
+}
+
+/// The mappings in the text of `/proc/self/smaps` that are of the file that is executed at `own`, cannot be written, and have only
+/// pages of that file. Addresses that the loader has relocated are on pages of their own ("Anonymous").
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+fn unmodified(smaps: &str, own: usize) -> Vec<Range<usize>> {
+    let file = |line: &str| -> Option<String> {
+        let mut fields = line.split_ascii_whitespace().skip(3);
+        Some(format!("{} {}", fields.next()?, fields.next()?))
+    };
+    let mut mappings: Vec<(Range<usize>, Option<String>, bool)> = Vec::new();
+    let mut executed = None;
+    let mut inside = false;
+    for line in smaps.lines() {
+        // Details of a mapping have a name and a colon, a mapping begins with its addresses.
+        if let Some((name, value)) = line.split_once(':').filter(|(name, _)| !name.contains('-')) {
+            if inside && name == "Anonymous" && value.trim() == "0 kB" {
+                mappings.last_mut().expect("one is open").2 = true;
+            }
+            continue;
+        }
+        if executable_file(line).is_some_and(|range| range.contains(&own)) {
+            executed = file(line);
+        }
+        let range = read_only_file(line);
+        inside = range.is_some();
+        mappings.extend(range.map(|range| (range, file(line), false)));
+    }
+    let of_executable = |of: &Option<String>| of.is_some() && *of == executed;
+    let mappings = mappings.into_iter();
+    mappings
+        .filter(|(_, of, is_unmodified)| *is_unmodified && of_executable(of))
+        .map(|(range, ..)| range)
+        .collect()
 }
 
 /// Returns free pages of the heap to the system: reading and compiling a model leaves many. Only glibc keeps them.
@@ -115,6 +149,33 @@ mod tests {
         ] {
             assert_eq!(executable_file(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn only_mappings_of_the_executable_without_own_pages() {
+        let smaps = "\
+55d0a000-55d0c000 r--p 00000000 fe:00 917507                    /usr/bin/lapidary
+Rss:                   8 kB
+Anonymous:             0 kB
+VmFlags: rd mr mw me
+55d0c000-55d2b000 r-xp 00002000 fe:00 917507                    /usr/bin/lapidary
+Anonymous:             0 kB
+55d2b000-55d2d000 r--p 00021000 fe:00 917507                    /usr/bin/lapidary
+Anonymous:             8 kB
+55d2d000-55d2e000 rw-p 00023000 fe:00 917507                    /usr/bin/lapidary
+Anonymous:             0 kB
+7f01a000-7f02b000 r--s 00000000 fe:00 917508                    /models/weights.safetensors
+Anonymous:             0 kB
+7f02b000-7f02c000 r-xp 00000000 fe:01 917507                    /usr/lib/other:1.so
+Anonymous:             0 kB
+7ffd0000-7ffd2000 r-xp 00000000 00:00 0                         [vdso]
+Anonymous:             0 kB
+";
+        let own = unmodified(smaps, 0x55d0_d000);
+        assert_eq!(own, [0x55d0_a000..0x55d0_c000, 0x55d0_c000..0x55d2_b000]);
+        let library = 0x7f02_b000..0x7f02_c000;
+        assert_eq!(unmodified(smaps, library.start + 16), vec![library]);
+        assert!(unmodified(smaps, 0x55d2_d000).is_empty());
     }
 
     /// Resident pages of the code of this program, in KiB.

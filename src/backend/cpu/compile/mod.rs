@@ -31,11 +31,11 @@ use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
-/// Steps of a program from which on [`CompileOptions::settle`] gives memory back: of a smaller one everything is small.
+/// Minimum number of steps of a program for which [`CompileOptions::settle`] releases memory: smaller ones take little.
 const WORTH_RELEASING: usize = 128;
 
-/// Programs after which [`CompileOptions::settle`] gives memory back: those for one token and for the first prompt. Later ones come
-/// one by one, between tokens that somebody waits for.
+/// Number of programs after which [`CompileOptions::settle`] releases memory: the first prompt's and that for one token. Later ones
+/// are compiled between tokens, where the time would be noticed.
 const FIRST_PROGRAMS: usize = 2;
 
 /// What a program runs on: its threads and its instruction set. Only instruction sets of this machine are accepted, so
@@ -46,7 +46,7 @@ pub struct CompileOptions {
     isa: Isa,
     /// Quantized weights in the kernels' form, shared by programs compiled with clones of these options.
     weights: Arc<QuantizedWeights>,
-    /// Programs that memory was given back after.
+    /// Number of programs after which memory was released.
     settled: Arc<AtomicUsize>,
     in_batches: bool,
 }
@@ -91,9 +91,8 @@ impl CompileOptions {
         }
     }
 
-    /// Gives memory back that only reading and compiling a model needs: pages of this program's code and of the free heap. To be
-    /// called when the network that `program` was compiled from is gone; does something after the first programs of clones of
-    /// these options.
+    /// Releases memory that only reading and compiling a model needs: pages of this executable's code, and free heap. Called after
+    /// the network of `program` is dropped; acts for the first programs compiled with clones of these options.
     pub fn settle(&self, program: &Program) {
         if program.steps.len() >= WORTH_RELEASING && self.settled.fetch_add(1, Ordering::Relaxed) < FIRST_PROGRAMS {
             mapped_pages::release_code();
