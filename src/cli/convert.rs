@@ -79,7 +79,8 @@ pub struct Args {
     /// keep=none. The default is group=auto for int4 and int8, group=channel for fp8, and symmetric
     #[arg(long, value_name = "FORMAT", help_heading = "Quantization")]
     quantize: Option<Quantization>,
-    /// Calibrate on this text: scale channels and weigh errors by measured activations (needs a tokenizer)
+    /// Calibrate on this text: scale channels by measured activations, and compensate errors of codes by later codes
+    /// (needs a tokenizer)
     #[arg(
         long,
         value_name = "TEXT",

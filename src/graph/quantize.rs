@@ -1,7 +1,8 @@
 //! Constants that are quantized when their bytes are needed: [`Constant::quantized_as`].
 //!
 //! Codes, scales and zero points are three constants over one of floats; they are computed when a package is written.
-//! The search for scales runs once for all three, and its result is kept; codes are computed again each time.
+//! The search for scales runs once for all three, and its result is stored; codes are computed again each time.
+//! Codes that depend on more than the values, such as those of a calibration, are stored: [`Constant::with_codes`].
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -32,17 +33,32 @@ pub struct RoundToNearest {
     pub part: Part,
     /// The scales, once found.
     scales: Arc<OnceLock<Scales>>,
+    /// Stored codes, if they are not the nearest.
+    codes: Option<Tensor>,
+}
+
+impl RoundToNearest {
+    /// Address of the stored codes; null if codes are the nearest.
+    fn stored_codes(&self) -> *const u8 {
+        self.codes
+            .as_ref()
+            .map_or(std::ptr::null(), |codes| codes.data().as_ptr())
+    }
 }
 
 impl PartialEq for RoundToNearest {
     fn eq(&self, other: &Self) -> bool {
-        (self.format, self.part) == (other.format, other.part)
+        (self.format, self.part, self.stored_codes()) == (other.format, other.part, other.stored_codes())
     }
 }
 
 impl fmt::Debug for RoundToNearest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RoundToNearest({}, {:?})", self.format, self.part)
+        write!(f, "RoundToNearest({}, {:?}", self.format, self.part)?;
+        match &self.codes {
+            Some(_) => write!(f, ", codes at {:p})", self.stored_codes()),
+            None => write!(f, ")"),
+        }
     }
 }
 
@@ -57,13 +73,37 @@ impl Constant {
         if !format.has_contiguous_runs(self.shape()) {
             return self.quantized_across(format, importance);
         }
-        let scales = Arc::new(OnceLock::new());
         let inputs: Vec<Constant> = [self].into_iter().chain(importance).cloned().collect();
+        self.of_parts(inputs, format, OnceLock::new(), None)
+    }
+
+    /// These values, quantized to codes and scales that were computed from them and from more, as a calibration does. An error unless
+    /// [`Format::check`] accepts the shape. Panics if codes or scales have another dtype or shape, or runs are not contiguous.
+    pub fn with_codes(&self, format: Format, codes: Tensor, scales: Scales) -> Result<Constant, QuantizedError> {
+        format.check(self.shape())?;
+        assert_eq!(
+            (codes.dtype(), codes.shape(), scales.scales.dtype()),
+            (format.codes, self.shape(), self.dtype()),
+            "codes of another format"
+        );
+        self.of_parts(vec![self.clone()], format, OnceLock::from(scales), Some(codes))
+    }
+
+    /// Codes, scales and zero points over the same inputs.
+    fn of_parts(
+        &self,
+        inputs: Vec<Constant>,
+        format: Format,
+        scales: OnceLock<Scales>,
+        codes: Option<Tensor>,
+    ) -> Result<Constant, QuantizedError> {
+        let scales = Arc::new(scales);
         let part = |part, dtype, shape| {
             let quantize = RoundToNearest {
                 format,
                 part,
                 scales: scales.clone(),
+                codes: codes.clone(),
             };
             Constant::derive(inputs.clone(), Transform::RoundToNearest(quantize), dtype, shape)
         };
@@ -104,15 +144,16 @@ impl Constant {
         Ok(turned.transposed(&perm))
     }
 
-    /// The floats and the format of this quantized constant, and whether columns were weighted; `None` if its codes
-    /// were given.
+    /// The floats and the format of this quantized constant, and whether its codes depend on more than these; `None` if the codes
+    /// are those of an export.
     pub fn quantized_from(&self) -> Option<(&Constant, Format, bool)> {
         let ConstantSource::Derived(derived) = self.as_quantized()?.codes.source() else {
             return None;
         };
         match &derived.transform {
             Transform::RoundToNearest(quantize) => {
-                Some((&derived.inputs[0], quantize.format, derived.inputs.len() > 1))
+                let more = derived.inputs.len() > 1 || quantize.codes.is_some();
+                Some((&derived.inputs[0], quantize.format, more))
             }
             _ => None,
         }
@@ -128,6 +169,13 @@ impl Constant {
 
 /// The part that a constant is.
 pub(super) fn apply(quantize: &RoundToNearest, inputs: &[Constant]) -> Result<Tensor, ConstantError> {
+    if let (Some(codes), Some(scales)) = (&quantize.codes, quantize.scales.get()) {
+        return Ok(match quantize.part {
+            Part::Codes => codes.clone(),
+            Part::Scales => scales.scales.clone(),
+            Part::ZeroPoints => scales.zero_points.clone().expect("the format has them"),
+        });
+    }
     let values = inputs[0].materialize()?;
     let format = quantize.format;
     let scales = match quantize.scales.get() {

@@ -5,6 +5,7 @@
 //! only arithmetic here is that of codes: [`quantized::dequantize`] computes their values, [`mod@quantize`] finds
 //! codes.
 
+pub mod compensate;
 mod dtype;
 pub(crate) mod element;
 mod narrow;

@@ -10,6 +10,7 @@ use lapidary::graph::{Graph, NodeId};
 use lapidary::help::Help;
 use lapidary::package::Package;
 use lapidary::quantize::sites::{Fold, scale, sites};
+use lapidary::quantize::{self, moments, statistics};
 use lapidary::{ConvertOptions, SessionOptions, Spec, convert, onnx, passes};
 use serde_json::json;
 
@@ -123,6 +124,52 @@ fn try_convert(model: &Path, output: &Path, spec: &str) -> Result<Package, Conve
 fn spec(folder: &Path, quantize: &str) -> String {
     let (tokenizer, text) = (tokenizer(folder, 97), words(folder, 300));
     format!("quantize: {quantize}\ncalibrate: {text:?}\ntokenizer: {tokenizer:?}")
+}
+
+/// The diagonal of second moments has the sums of the channels' squares, and spans are parts of the whole.
+#[test]
+fn second_moments() {
+    let passes::Canonical { graph, .. } = canonical(&export("llama-optimum"));
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = lapidary::text::Tokenizer::open(&tokenizer(folder.path(), 97)).unwrap();
+    let read = quantize::Text::read(&words(folder.path(), 61), &tokenizer).unwrap();
+    let sites = sites(&graph);
+    let inputs: Vec<_> = sites.iter().map(|site| site.input).collect();
+    let channels = statistics::measure(&graph, &inputs, &read, Some(32), |_| ()).unwrap();
+    let width = |i: usize| channels[&inputs[i]].square.len();
+    let sums = |cut: &dyn Fn(usize) -> Vec<usize>| {
+        let wanted = sites.iter().enumerate().map(|(i, site)| (site.clone(), cut(width(i))));
+        let wanted: Vec<moments::Wanted> = wanted.collect();
+        moments::measure(&graph, &wanted, &read.tokens, Some(32), |_| ()).unwrap()
+    };
+    let (whole, halves) = (sums(&|width| vec![width]), sums(&|width| vec![width - 8, 8]));
+    for ((i, whole), halves) in whole.iter().enumerate().zip(&halves) {
+        let width = width(i);
+        let [(sum, _)] = &whole.spans[..] else {
+            panic!("one span")
+        };
+        let largest = sum.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let close = |a: f32, b: f32| (a - b).abs() <= 2e-5 * largest;
+        for (channel, square) in channels[&inputs[i]].square.iter().enumerate() {
+            assert!(
+                close(sum[channel * width + channel], square * 61.0),
+                "channel {channel} of site {i}"
+            );
+        }
+        assert!(sum[1] != 0.0 && close(sum[1], sum[width]));
+        let mut start = 0;
+        for (part, of) in &halves.spans {
+            for (row, values) in part.chunks(*of).enumerate() {
+                let own = &sum[(start + row) * width + start..][..*of];
+                assert!(
+                    values.iter().zip(own).all(|(a, b)| close(*a, *b)),
+                    "span at {start} of site {i}"
+                );
+            }
+            start += of;
+        }
+        assert_eq!(start, width);
+    }
 }
 
 /// The tiny Llama with two channels before its feed-forward blocks that are much larger than the others, as large models
