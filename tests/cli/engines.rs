@@ -319,6 +319,23 @@ fn engines_of_every_family_are_built() {
     assert!(built >= 25, "{families:?}");
 }
 
+/// A head and an embedding of one matrix: a kernel reads its codes, and a gather reads them as bytes.
+#[test]
+fn kernels_read_codes_of_an_embedding() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let library = text(library.path());
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("exports/gpt2-optimum/model.onnx");
+    for format in ["int4,keep=none", "int4,asymmetric,keep=none", "int8,keep=none"] {
+        let flags = "--target tensorrt-rtx --dtype fp16 --capacity 16 --prefill 4 --quantize";
+        let flags: Vec<&str> = flags.split(' ').chain([format, "--tensorrt-lib", library]).collect();
+        let pkg = package(folder.path(), &model, &flags);
+        let info = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
+        assert_eq!(info["engines"].as_array().unwrap().len(), 2, "{format}");
+        std::fs::remove_dir_all(pkg).unwrap();
+    }
+}
+
 #[test]
 fn convert_builds_engines_for_several_sequences_or_says_why_not() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
