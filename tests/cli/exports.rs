@@ -293,7 +293,7 @@ fn microscales_are_described_and_written_again() {
 
 /// Quantized exports in a folder beside the project's, if there is one, against ONNX Runtime with basic optimizations
 /// (`quantized_references.json`, by scripts/quantized_references.py). The `reference.json` beside the exports was made
-/// with all optimizations, which round activations to 8 bits where files do not specify it; docs/guides/quantization.md
+/// with all optimizations, which round activations to 8 bits where files do not specify it; docs/explanation/quantized-weights.md
 /// lists the differences.
 #[test]
 fn quantized_exports_where_they_are_at_hand() {
