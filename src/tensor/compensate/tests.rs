@@ -2,33 +2,21 @@
 
 use super::*;
 use crate::tensor::DType;
-use crate::tensor::quantize;
+use crate::tensor::quantize::{self, tests::uniform};
 use crate::tensor::quantized::dequantize;
 
 /// Enough tokens for second moments without sampling error.
 const MANY: usize = 1 << 40;
 
-/// Numbers with no pattern, between -1 and 1.
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
-
 fn matrix(rows: usize, depth: usize) -> Tensor {
-    Tensor::from_f32(vec![rows, depth], &numbers(rows * depth, 3))
+    Tensor::from_f32(vec![rows, depth], &uniform(rows * depth, 3))
 }
 
 /// Second moments of inputs that a few hidden causes share.
 fn correlated(width: usize) -> Vec<f32> {
     let (samples, causes) = (400, 6);
-    let (mix, own) = (numbers(causes * width, 5), numbers(samples * width, 7));
-    let hidden = numbers(samples * causes, 11);
+    let (mix, own) = (uniform(causes * width, 5), uniform(samples * width, 7));
+    let hidden = uniform(samples * causes, 11);
     let mut moments = vec![0f32; width * width];
     for t in 0..samples {
         let x: Vec<f32> = (0..width)
@@ -46,29 +34,14 @@ fn correlated(width: usize) -> Vec<f32> {
     moments
 }
 
-fn format(codes: DType, granularity: Granularity, zero_points: bool) -> Format {
-    Format {
-        codes,
-        granularity,
-        zero_points,
-    }
-}
-
+/// Formats whose blocks are within rows.
 fn formats() -> Vec<Format> {
-    let mut all = Vec::new();
-    for granularity in [
-        Granularity::Block { axis: 1, size: 32 },
-        Granularity::Channel { axis: 0 },
-    ] {
-        for (codes, zeros) in [
-            (DType::I4, false),
-            (DType::U4, true),
-            (DType::I8, false),
-            (DType::F8E4M3Fn, false),
-        ] {
-            all.push(format(codes, granularity, zeros));
-        }
-    }
+    let mut all = quantize::tests::formats();
+    all.retain(|format| {
+        let integers =
+            matches!(format.codes, DType::I4 | DType::U4) || format.codes == DType::I8 && !format.zero_points;
+        format.granularity != Granularity::Tensor && (integers || format.codes == DType::F8E4M3Fn)
+    });
     all
 }
 
@@ -97,7 +70,7 @@ fn cost(matrix: &Tensor, found: &[f32], moments: &[f32]) -> f64 {
 }
 
 #[test]
-fn errors_of_correlated_inputs_make_up_for_each_other() {
+fn errors_of_correlated_inputs_compensate_for_each_other() {
     let (matrix, moments) = (matrix(24, 128), correlated(128));
     let importance: Vec<f32> = (0..128).map(|i| moments[i * 128 + i]).collect();
     for format in formats() {
@@ -111,12 +84,12 @@ fn errors_of_correlated_inputs_make_up_for_each_other() {
     }
 }
 
-/// Where channels have nothing in common, there is nothing to make up for: as good as the nearest codes with the scales of
-/// weighted least squares, and hardly better.
+/// Uncorrelated channels cannot compensate: as good as the nearest codes with the scales of weighted least squares, and
+/// hardly better.
 #[test]
 fn independent_inputs_are_rounded_to_nearest() {
     let matrix = matrix(9, 96);
-    let importance: Vec<f32> = numbers(96, 17).iter().map(|v| 1.0 + v * v * 8.0).collect();
+    let importance: Vec<f32> = uniform(96, 17).iter().map(|v| 1.0 + v * v * 8.0).collect();
     let mut moments = vec![0f32; 96 * 96];
     importance
         .iter()
@@ -153,9 +126,9 @@ fn a_row_depends_on_itself_alone() {
     }
 }
 
-/// Two spans whose channels have nothing in common are as one.
+/// Two spans with uncorrelated channels equal one span.
 #[test]
-fn spans_are_apart() {
+fn uncorrelated_spans_equal_one() {
     let (all, half) = (matrix(8, 128), correlated(64));
     let mut whole = vec![0f32; 128 * 128];
     for (i, row) in half.chunks(64).enumerate() {
@@ -183,7 +156,7 @@ fn spans_are_apart() {
 }
 
 #[test]
-fn a_factor_gives_the_moments_back() {
+fn a_factor_reproduces_the_moments() {
     for width in [1, 5, 32, 33, 100] {
         let moments = correlated(width);
         let factor = Factor::of(&moments, width, MANY).unwrap();
@@ -209,7 +182,7 @@ fn a_factor_gives_the_moments_back() {
 }
 
 #[test]
-fn what_is_not_finite_is_counted() {
+fn values_that_are_not_finite_are_counted() {
     let matrix = Tensor::from_f32(vec![1, 32], &[f32::NAN; 32]);
     let factors = [Factor::of(&correlated(32), 32, MANY).unwrap()];
     assert_eq!(

@@ -234,4 +234,4 @@ pub(super) fn best_scale(
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

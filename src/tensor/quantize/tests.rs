@@ -5,8 +5,8 @@ use super::*;
 use crate::tensor::narrow;
 use crate::tensor::quantized::{check_values, dequantize};
 
-/// Random numbers, more of them near 0, with an occasional large one.
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
+/// Pseudorandom numbers, uniform between -1 and 1.
+pub(in crate::tensor) fn uniform(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -14,8 +14,14 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
         state ^= state << 17;
         (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
-    (0..count)
-        .map(|i| next() + next() + next() * if i % 61 == 0 { 4.0 } else { 1.0 })
+    (0..count).map(|_| next()).collect()
+}
+
+/// Pseudorandom numbers, more of them near 0, with an occasional large one.
+fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    let of_three = uniform(3 * count, seed);
+    let sums = of_three.as_chunks::<3>().0.iter().enumerate();
+    sums.map(|(i, [a, b, c])| a + b + c * if i % 61 == 0 { 4.0 } else { 1.0 })
         .collect()
 }
 
@@ -28,7 +34,7 @@ fn format(codes: DType, granularity: Granularity, zero_points: bool) -> Format {
 }
 
 /// Every format of the command line and a few besides.
-fn formats() -> Vec<Format> {
+pub(in crate::tensor) fn formats() -> Vec<Format> {
     let mut all = Vec::new();
     for granularity in [
         Granularity::Tensor,
@@ -259,4 +265,33 @@ fn formats_that_do_not_exist() {
         message(format(DType::I4, blocks, false)),
         "blocks of 4 do not divide axis 1 of codes of shape [4, 6]"
     );
+}
+
+/// Ends of the range that shrink from neighbor to neighbor, beside all pairs of them.
+#[test]
+fn zero_points_are_nearly_as_good_as_of_all_ranges() {
+    let (values, size) = (numbers(400 * 32, 23), 32);
+    let format = format(DType::U4, Granularity::Block { axis: 1, size }, true);
+    let tensor = Tensor::from_f32(vec![400, size], &values);
+    let found = values_of(&tensor, &scales(&tensor, None, format).unwrap(), format);
+    let squares = |a: &[f32], b: &[f32]| error(a, b, &[1.0]);
+    let of_run = |run: &[f32]| -> f64 {
+        let low = run.iter().copied().fold(0f32, f32::min);
+        let high = run.iter().copied().fold(0f32, f32::max);
+        let steps = || (0..8).map(|k| 1.0 - 0.05 * k as f32);
+        let ranges = steps().flat_map(|below| steps().map(move |above| (low * below, high * above)));
+        let errors = ranges.map(|(low, high)| {
+            let scale = (high - low) / 15.0;
+            let zero = (-low / scale).clamp(0.0, 15.0).round_ties_even();
+            let rounded = run
+                .iter()
+                .map(|v| (v / scale + zero).clamp(0.0, 15.0).round_ties_even());
+            let rounded: Vec<f32> = rounded.map(|code| (code - zero) * scale).collect();
+            squares(run, &rounded)
+        });
+        errors.fold(f64::INFINITY, f64::min)
+    };
+    let all: f64 = values.chunks(size).map(of_run).sum();
+    let ratio = squares(&values, &found) / all;
+    assert!((0.9..1.01).contains(&ratio), "{ratio}");
 }
