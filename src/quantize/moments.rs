@@ -1,7 +1,7 @@
 //! Second moments of the inputs of linear layers while a model reads a text, `Σ x xᵀ`, for [`crate::tensor::compensate`].
 //!
-//! The graph gets a product `xᵀ x` for each input, so the executor's kernels compute them, and the sums of all windows are added
-//! here. An input takes `4 · width²` bytes for its sum and the same for one window, so inputs are measured in [batches](batches),
+//! The graph gets a product `xᵀ x` for each input, with all axes but the last as one, so the executor's kernels compute them, and the
+//! sums of all windows are added here. An input takes `4 · width²` bytes for its sum and the same for one window, so inputs are measured in [batches](batches),
 //! with one pass over the text each.
 
 use crate::graph::op::Op;
@@ -51,9 +51,9 @@ pub fn measure(
         debug_assert_eq!(spans.iter().sum::<usize>(), width(&graph, site.input)?);
         let mut products = Vec::new();
         for (value, width) in cut(&mut graph, site.input, spans) {
-            let turn = Op::Transpose {
-                perm: Some(vec![0, 2, 1]),
-            };
+            let shape = graph.add_i64("moments/shape", &[-1, width as i64]);
+            let value = graph.add_node("moments/rows", Op::Reshape { allowzero: false }, &[value, shape]);
+            let turn = Op::Transpose { perm: Some(vec![1, 0]) };
             let turned = graph.add_node("moments/turned", turn, &[value]);
             let product = graph.add_node("moments", Op::MatMul, &[turned, value]);
             graph.outputs.push(product);

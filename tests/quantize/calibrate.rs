@@ -129,7 +129,14 @@ fn spec(folder: &Path, quantize: &str) -> String {
 /// The diagonal of second moments has the sums of the channels' squares, and spans are parts of the whole.
 #[test]
 fn second_moments() {
-    let passes::Canonical { graph, .. } = canonical(&export("llama-optimum"));
+    // Inputs of three axes, of two, and of four.
+    second_moments_of(&export("llama-optimum"));
+    second_moments_of(&export("gpt2-optimum"));
+    second_moments_of(&fixture("families/dynamo18-minicpm3/model.onnx"));
+}
+
+fn second_moments_of(model: &Path) {
+    let passes::Canonical { graph, .. } = canonical(model);
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = lapidary::text::Tokenizer::open(&tokenizer(folder.path(), 97)).unwrap();
     let read = quantize::Text::read(&words(folder.path(), 61), &tokenizer).unwrap();
@@ -153,7 +160,8 @@ fn second_moments() {
         for (channel, square) in channels[&inputs[i]].square.iter().enumerate() {
             assert!(
                 close(sum[channel * width + channel], square * 61.0),
-                "channel {channel} of site {i}"
+                "{}, channel {channel} of site {i}",
+                model.display()
             );
         }
         assert!(sum[1] != 0.0 && close(sum[1], sum[width]));
@@ -163,13 +171,40 @@ fn second_moments() {
                 let own = &sum[(start + row) * width + start..][..*of];
                 assert!(
                     values.iter().zip(own).all(|(a, b)| close(*a, *b)),
-                    "span at {start} of site {i}"
+                    "{}, span at {start} of site {i}",
+                    model.display()
                 );
             }
             start += of;
         }
         assert_eq!(start, width);
     }
+}
+
+/// One export of each family: inputs of any number of axes, experts, joined and latent projections.
+#[test]
+fn every_family_is_calibrated() {
+    let folder = tempfile::tempdir().unwrap();
+    // The smallest vocabulary has 48 tokens; other words become the first.
+    let (tokenizer, text) = (tokenizer(folder.path(), 48), words(folder.path(), 300));
+    let spec = format!("quantize: int4\ncalibrate: {text:?}\ntokenizer: {tokenizer:?}");
+    let mut seen = std::collections::BTreeSet::new();
+    for group in ["families", "experts"] {
+        for name in names(&fixture(group)) {
+            let model = fixture(&format!("{group}/{name}/model.onnx"));
+            let (exporter, family) = name.split_once('-').unwrap_or(("", &name));
+            // One of those is quantized.
+            if exporter == "contrib" || !model.exists() || !seen.insert(family.to_string()) {
+                continue;
+            }
+            let output = folder.path().join("package");
+            let package = try_convert(&model, &output, &spec).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let record = package.manifest.quantization.as_ref().unwrap();
+            assert!(record.weights >= 4 && record.calibration.is_some(), "{name}");
+            std::fs::remove_dir_all(output).unwrap();
+        }
+    }
+    assert!(seen.len() >= 25, "{seen:?}");
 }
 
 /// The tiny Llama with two channels before its feed-forward blocks that are much larger than the others, as large models
