@@ -108,9 +108,7 @@ impl CpuDevice {
         if self.caches.is_none() {
             self.caches = Some(KvCaches::new(&network).map_err(failed)?);
         }
-        let program = Program::compile(&network, &self.compiling).map_err(failed)?;
-        drop(network);
-        self.compiling.settle(&program);
+        let program = self.compiling.compile(network).map_err(failed)?;
         self.programs.push((profile, program));
         Ok(())
     }

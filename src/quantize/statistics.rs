@@ -190,6 +190,7 @@ pub(super) fn read(
 ) -> Result<(), QuantizeError> {
     let most = longest.map_or(WINDOW, |longest| longest.clamp(1, WINDOW));
     let pieces: Vec<&[u32]> = windows.iter().flat_map(|window| window.chunks(most)).collect();
+    let compiling = CompileOptions::default();
     let mut made: Option<Reader> = None;
     for (i, tokens) in pieces.iter().enumerate() {
         // All windows but the last have one length, and share a program.
@@ -198,7 +199,7 @@ pub(super) fn read(
             // Dropped before the next one is made: its outputs can be large.
             other => {
                 drop(other);
-                made.insert(Reader::new(graph, tokens.len())?)
+                made.insert(Reader::new(graph, tokens.len(), &compiling)?)
             }
         };
         reader.run(tokens)?;
@@ -217,10 +218,10 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(graph: &Graph, tokens: usize) -> Result<Reader, QuantizeError> {
+    fn new(graph: &Graph, tokens: usize, compiling: &CompileOptions) -> Result<Reader, QuantizeError> {
         let profile = Profile::prefill(tokens, tokens);
         let network = lower::lower_graph(graph, &profile, &LowerOptions::default()).map_err(failed)?;
-        let program = Program::compile(&network, &CompileOptions::default()).map_err(failed)?;
+        let program = Program::compile(&network, compiling).map_err(failed)?;
         let outputs = program.outputs().iter();
         let outputs = outputs
             .map(|port| (port.name.clone(), vec![0.0; port.shape.iter().product()]))

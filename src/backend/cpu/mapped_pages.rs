@@ -57,18 +57,24 @@ pub fn release_code() {
 /// pages of that file. Addresses that the loader has relocated are on pages of their own ("Anonymous").
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 fn unmodified(smaps: &str, own: usize) -> Vec<Range<usize>> {
-    let file = |line: &str| -> Option<String> {
+    struct Mapping<'a> {
+        range: Range<usize>,
+        /// Device and inode.
+        file: Option<(&'a str, &'a str)>,
+        is_unmodified: bool,
+    }
+    fn file(line: &str) -> Option<(&str, &str)> {
         let mut fields = line.split_ascii_whitespace().skip(3);
-        Some(format!("{} {}", fields.next()?, fields.next()?))
-    };
-    let mut mappings: Vec<(Range<usize>, Option<String>, bool)> = Vec::new();
+        fields.next().zip(fields.next())
+    }
+    let mut mappings: Vec<Mapping<'_>> = Vec::new();
     let mut executed = None;
     let mut inside = false;
     for line in smaps.lines() {
         // Details of a mapping have a name and a colon, a mapping begins with its addresses.
         if let Some((name, value)) = line.split_once(':').filter(|(name, _)| !name.contains('-')) {
             if inside && name == "Anonymous" && value.trim() == "0 kB" {
-                mappings.last_mut().expect("one is open").2 = true;
+                mappings.last_mut().expect("one is open").is_unmodified = true;
             }
             continue;
         }
@@ -77,14 +83,14 @@ fn unmodified(smaps: &str, own: usize) -> Vec<Range<usize>> {
         }
         let range = read_only_file(line);
         inside = range.is_some();
-        mappings.extend(range.map(|range| (range, file(line), false)));
+        mappings.extend(range.map(|range| Mapping {
+            range,
+            file: file(line),
+            is_unmodified: false,
+        }));
     }
-    let of_executable = |of: &Option<String>| of.is_some() && *of == executed;
-    let mappings = mappings.into_iter();
-    mappings
-        .filter(|(_, of, is_unmodified)| *is_unmodified && of_executable(of))
-        .map(|(range, ..)| range)
-        .collect()
+    mappings.retain(|mapping| mapping.is_unmodified && mapping.file.is_some() && mapping.file == executed);
+    mappings.into_iter().map(|mapping| mapping.range).collect()
 }
 
 /// Returns free pages of the heap to the system: reading and compiling a model leaves many. Only glibc keeps them.

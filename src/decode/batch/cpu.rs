@@ -73,12 +73,10 @@ impl CpuBatchDevice {
             return Ok(());
         }
         let network = self.network(Profile::decode(capacity))?;
-        let program = Program::compile(&network, &self.compiling.clone().in_batches()).map_err(failed)?;
         if self.empty.is_none() {
             self.empty = Some(KvCaches::new(&network).map_err(failed)?.copy(0, 0));
         }
-        drop(network);
-        self.compiling.settle(&program);
+        let program = self.compiling.clone().in_batches().compile(network).map_err(failed)?;
         self.decodes.push((capacity, program));
         Ok(())
     }
@@ -92,10 +90,7 @@ impl CpuBatchDevice {
                     self.prefills.remove(0);
                 }
                 let network = self.network(profile)?;
-                let program = Program::compile(&network, &self.compiling).map_err(failed)?;
-                drop(network);
-                self.compiling.settle(&program);
-                (profile, program)
+                (profile, self.compiling.compile(network).map_err(failed)?)
             }
         };
         self.prefills.push(entry);

@@ -19,12 +19,11 @@
 
 mod factor;
 
-use bytes::Bytes;
 use rayon::prelude::*;
 
-use super::quantize::{Code, Format, NotFinite, Scales, best_scale, stored};
+use super::Tensor;
+use super::quantize::{Code, Format, NotFinite, Scales, best_scale, packed, stored};
 use super::quantized::Granularity;
-use super::{Tensor, coded};
 
 pub use factor::Factor;
 
@@ -82,25 +81,12 @@ pub fn compensate(values: &Tensor, factors: &[Factor], format: Format) -> Result
         .par_chunks(TILE * depth)
         .map(|rows| rounding.tile(rows))
         .collect::<Result<_, _>>()?;
-    let shape = format
-        .granularity
-        .scale_shape(values.shape())
-        .expect("checked by the caller");
-    let scales: Vec<f64> = tiles
+    let found = tiles
         .iter()
-        .flat_map(|t| t.scales.iter().map(|s| f64::from(*s)))
-        .collect();
-    let zeros: Vec<i64> = tiles.iter().flat_map(|t| t.zeros.iter().map(|z| *z as i64)).collect();
-    let codes: Vec<u8> = tiles.into_iter().flat_map(|t| t.codes).collect();
-    let bytes = coded(format.codes, codes);
-    let codes = Tensor::new(format.codes, values.shape().to_vec(), Bytes::from(bytes)).expect("a code for every value");
-    let scales = Scales {
-        scales: Tensor::from_f64_as(values.dtype(), shape.clone(), &scales),
-        zero_points: format
-            .zero_points
-            .then(|| Tensor::from_i64_as(format.codes, shape, &zeros)),
-    };
-    Ok((codes, scales))
+        .flat_map(|tile| tile.scales.iter().copied().zip(tile.zeros.iter().copied()));
+    let scales = Scales::of(found, values, format);
+    let codes = tiles.into_iter().flat_map(|tile| tile.codes).collect();
+    Ok((packed(codes, values, format), scales))
 }
 
 /// Arguments that all rows share.
@@ -185,12 +171,10 @@ impl Rounding<'_> {
                     let k = from + j;
                     let upper = &factor.upper[k * width..(k + 1) * width];
                     let target = value + sums[k] / upper[k];
-                    codes[j] = self.code.bits(target, scale, zero);
-                    let error = value - (self.code.nearest(target, scale, zero) - zero) * scale;
-                    errors[j] = error;
-                    for (sum, r) in sums[k + 1..end].iter_mut().zip(&upper[k + 1..end]) {
-                        *sum += error * r;
-                    }
+                    let code = self.code.nearest(target, scale, zero);
+                    let error = value - (code - zero) * scale;
+                    (codes[j], errors[j]) = (self.code.bits(code), error);
+                    add(&mut sums[k + 1..end], &upper[k + 1..end], error);
                 }
             }
             // Later blocks, for all rows while these rows of R are in the cache.
@@ -198,9 +182,7 @@ impl Rounding<'_> {
                 let sums = &mut sums[row * width + end..(row + 1) * width];
                 for (j, error) in errors[row * width + from..row * width + end].iter().enumerate() {
                     let upper = &factor.upper[(from + j) * width + end..(from + j + 1) * width];
-                    for (sum, r) in sums.iter_mut().zip(upper) {
-                        *sum += error * r;
-                    }
+                    add(sums, upper, *error);
                 }
             }
             from = end;
@@ -241,11 +223,11 @@ impl Rounding<'_> {
                     let upper = &factor.upper[k * width + k..(k + 1) * width];
                     let through = dot(&sums[k..], upper);
                     let target = values[k] - errors[k] + through / factor.squares[k];
-                    let error = values[k] - (self.code.nearest(target, scale, zero) - zero) * scale;
+                    let code = self.code.nearest(target, scale, zero);
+                    let error = values[k] - (code - zero) * scale;
                     if error != errors[k] {
                         let change = error - errors[k];
-                        codes[k] = self.code.bits(target, scale, zero);
-                        errors[k] = error;
+                        (codes[k], errors[k]) = (self.code.bits(code), error);
                         add(&mut sums[k..], upper, change);
                     }
                 }
@@ -303,9 +285,7 @@ impl Rounding<'_> {
             let error = -sums[j] / upper[j];
             moved[j] -= error;
             weights.push(upper[j].powi(2));
-            for (sum, r) in sums[j + 1..].iter_mut().zip(&upper[j + 1..]) {
-                *sum += error * r;
-            }
+            add(&mut sums[j + 1..], &upper[j + 1..], error);
         }
         best_scale(self.format, &moved, Some(&weights), self.values.dtype())
     }

@@ -95,6 +95,23 @@ pub struct Scales {
     pub zero_points: Option<Tensor>,
 }
 
+impl Scales {
+    /// From the scale and zero point of each run of `values`.
+    pub(super) fn of(found: impl Iterator<Item = (f32, f32)>, values: &Tensor, format: Format) -> Self {
+        let shape = format
+            .granularity
+            .scale_shape(values.shape())
+            .expect("checked by the caller");
+        let (scales, zeros): (Vec<f64>, Vec<i64>) = found.map(|(scale, zero)| (f64::from(scale), zero as i64)).unzip();
+        Scales {
+            scales: Tensor::from_f64_as(values.dtype(), shape.clone(), &scales),
+            zero_points: format
+                .zero_points
+                .then(|| Tensor::from_i64_as(format.codes, shape, &zeros)),
+        }
+    }
+}
+
 /// Values without codes: NaN or infinite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
@@ -128,19 +145,7 @@ pub fn scales(values: &Tensor, importance: Option<&[f32]>, format: Format) -> Re
     if count > 0 {
         return Err(NotFinite { count });
     }
-    let found: Vec<(f32, f32)> = found.into_iter().flatten().collect();
-    let shape = format
-        .granularity
-        .scale_shape(values.shape())
-        .expect("checked by the caller");
-    let wide: Vec<f64> = found.iter().map(|(scale, _)| f64::from(*scale)).collect();
-    let zeros: Vec<i64> = found.iter().map(|(_, zero)| *zero as i64).collect();
-    Ok(Scales {
-        scales: Tensor::from_f64_as(values.dtype(), shape.clone(), &wide),
-        zero_points: format
-            .zero_points
-            .then(|| Tensor::from_i64_as(format.codes, shape, &zeros)),
-    })
+    Ok(Scales::of(found.into_iter().flatten(), values, format))
 }
 
 /// The nearest codes for scales that [`scales`] returned for the same values and format.
@@ -153,9 +158,16 @@ pub fn codes(values: &Tensor, scales: &Scales, format: Format) -> Tensor {
     let found = runs.map(|start, run| {
         let at = start / length;
         let (scale, zero) = (factors[at], zeros.as_ref().map_or(0.0, |z| z[at]));
-        run.iter().map(|v| code.bits(*v, scale, zero)).collect::<Vec<u8>>()
+        run.iter()
+            .map(|v| code.bits(code.nearest(*v, scale, zero)))
+            .collect::<Vec<u8>>()
     });
-    let bytes = coded(format.codes, found.concat());
+    packed(found.concat(), values, format)
+}
+
+/// A tensor of the codes of all `values`, one byte each.
+pub(super) fn packed(codes: Vec<u8>, values: &Tensor, format: Format) -> Tensor {
+    let bytes = coded(format.codes, codes);
     Tensor::new(format.codes, values.shape().to_vec(), Bytes::from(bytes)).expect("a code for every value")
 }
 

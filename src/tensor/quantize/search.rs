@@ -45,9 +45,8 @@ impl Code {
         }
     }
 
-    /// The bits of the code of a value.
-    pub(in crate::tensor) fn bits(self, value: f32, scale: f32, zero: f32) -> u8 {
-        let code = self.nearest(value, scale, zero);
+    /// The bits of a code that [`Code::nearest`] returned.
+    pub(in crate::tensor) fn bits(self, code: f32) -> u8 {
         match self {
             Code::Int { .. } => code as i32 as u8,
             Code::Float { dtype, .. } => narrow::encode(dtype, f64::from(code)),

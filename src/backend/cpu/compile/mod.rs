@@ -31,10 +31,10 @@ use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
-/// Minimum number of steps of a program for which [`CompileOptions::settle`] releases memory: smaller ones take little.
+/// Minimum number of steps of a program for which [`CompileOptions::compile`] releases memory: smaller ones take little.
 const WORTH_RELEASING: usize = 128;
 
-/// Number of programs after which [`CompileOptions::settle`] releases memory: the first prompt's and that for one token. Later ones
+/// Number of programs after which [`CompileOptions::compile`] releases memory: the first prompt's and that for one token. Later ones
 /// are compiled between tokens, where the time would be noticed.
 const FIRST_PROGRAMS: usize = 2;
 
@@ -91,13 +91,16 @@ impl CompileOptions {
         }
     }
 
-    /// Releases memory that only reading and compiling a model needs: pages of this executable's code, and free heap. Called after
-    /// the network of `program` is dropped; acts for the first programs compiled with clones of these options.
-    pub fn settle(&self, program: &Program) {
+    /// Compiles a network that nothing else needs. After the first programs of clones of these options, releases memory that only
+    /// reading and compiling a model needs: pages of this executable's code, and free heap.
+    pub fn compile(&self, network: Network) -> Result<Program, CpuError> {
+        let program = Program::compile(&network, self)?;
+        drop(network);
         if program.steps.len() >= WORTH_RELEASING && self.settled.fetch_add(1, Ordering::Relaxed) < FIRST_PROGRAMS {
             mapped_pages::release_code();
             mapped_pages::release_heap();
         }
+        Ok(program)
     }
 
     /// The threads.
